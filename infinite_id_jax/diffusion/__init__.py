@@ -1,0 +1,1 @@
+"""Schedules, samplers and guidance as pure functions that receive a `denoise` callable."""

@@ -1,0 +1,20 @@
+"""What a user can get wrong: each error is one sentence that names the thing and the cure."""
+
+
+class InputError(ValueError):
+    """A file, an option or a checkpoint that cannot be used as given. Programs exit with `exit_code`."""
+
+    exit_code = 2
+
+
+class NoFaceError(InputError):
+    """A photograph in which no face was found."""
+
+    exit_code = 3
+
+
+class MissingExtraError(InputError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, extra: str):
+        super().__init__(f"{what} needs the extra `{extra}`: pip install 'infinite-id-jax[{extra}]'.")

@@ -1,0 +1,1 @@
+"""Detection, alignment and recognition behind one small protocol."""

@@ -1,0 +1,1 @@
+"""The paper: each equation of Infinite-ID as one short function."""

@@ -1,0 +1,1 @@
+"""The frozen base: SDXL and its relatives. Nothing here has heard of identities."""

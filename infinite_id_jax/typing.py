@@ -1,0 +1,29 @@
+"""Shape aliases and the legend of axes.
+
+Axes: B batch rows, H W height and width, L tokens, N heads, D head dim, C channels, S steps of a sampler.
+Streams: P prompts, M identities per prompt, T text rows (of one guidance half), R identity rows per text row.
+Images and latents are NHWC inside; layouts change only at import and export.
+"""
+
+from collections.abc import Callable
+
+from jax import Array
+from jaxtyping import Bool, Float, Int, UInt8
+
+Heads = Float[Array, "B L N D"]  # queries, keys or values, split into heads
+Tokens = Float[Array, "B L C"]
+Latents = Float[Array, "B h w c"]
+Image = Float[Array, "B H W 3"]  # in [-1, 1]
+Photo = UInt8[object, "H W 3"]  # RGB, as decoded from a file
+Scalar = Float[Array, ""] | float
+
+Attend = Callable[[Array, Array, Array], Array]
+"""`attend(q, k, v)` over [B, L, N, D]: the one seam of the frozen base's self-attention."""
+
+Denoise = Callable[[Array, Array, Array], Array]
+"""`denoise(x_t, t, i)`: the guided prediction for latents [B, h, w, c] at timestep t, step i of the sampler."""
+
+__all__ = [
+    "Array", "Attend", "Bool", "Denoise", "Float", "Heads", "Image", "Int", "Latents", "Photo",
+    "Scalar", "Tokens", "UInt8",
+]  # fmt: skip

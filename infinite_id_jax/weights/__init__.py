@@ -1,0 +1,1 @@
+"""One declarative key map between our trees and PyTorch's files, read in both directions."""
