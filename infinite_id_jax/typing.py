@@ -1,6 +1,6 @@
 """Shape aliases and the legend of axes.
 
-Axes: B batch rows, H W height and width, L tokens, N heads, D head dim, C channels, S steps of a sampler.
+Axes: B batch rows, H W height and width, L tokens (K of keys and values), N heads, D head dim, C channels, S steps of a sampler.
 Streams: P prompts, M identities per prompt, T text rows (of one guidance half), R identity rows per text row.
 Images and latents are NHWC inside; layouts change only at import and export.
 """
@@ -8,9 +8,10 @@ Images and latents are NHWC inside; layouts change only at import and export.
 from collections.abc import Callable
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt, UInt8
 
-Heads = Float[Array, "B L N D"]  # queries, keys or values, split into heads
+Heads = Float[Array, "B L N D"]  # queries, split into heads
+KeyHeads = Float[Array, "B K N D"]  # keys or values
 Tokens = Float[Array, "B L C"]
 Latents = Float[Array, "B h w c"]
 Image = Float[Array, "B H W 3"]  # in [-1, 1]
@@ -24,6 +25,6 @@ Denoise = Callable[[Array, Array, Array], Array]
 """`denoise(x_t, t, i)`: the guided prediction for latents [B, h, w, c] at timestep t, step i of the sampler."""
 
 __all__ = [
-    "Array", "Attend", "Bool", "Denoise", "Float", "Heads", "Image", "Int", "Latents", "Photo",
-    "Scalar", "Tokens", "UInt8",
+    "Array", "Attend", "Bool", "Denoise", "Float", "Heads", "Image", "Int", "KeyHeads", "Latents", "Photo",
+    "Scalar", "Tokens", "UInt", "UInt8",
 ]  # fmt: skip

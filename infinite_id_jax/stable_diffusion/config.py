@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from infinite_id_jax.errors import InputError
+
+C = TypeVar("C", bound="_Config")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -26,7 +28,7 @@ class _Config:
     """Fields are the JSON's keys. `_fixed` lists keys whose other values are an architecture we do not build."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         """Take the known keys; raise InputError for a setting that would change the architecture."""
         fixed: dict[str, tuple[Any, ...]] = cls._fixed()
         for key, allowed in fixed.items():
@@ -39,7 +41,7 @@ class _Config:
         return cls(**{key: _frozen(value) for key, value in values.items() if key in names and value is not None})
 
     @classmethod
-    def from_json(cls, path: Path) -> Self:
+    def from_json(cls: type[C], path: Path) -> C:
         """`from_dict` of a file; errors name the file."""
         try:
             return cls.from_dict(read_json(path))

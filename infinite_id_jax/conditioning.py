@@ -1,0 +1,73 @@
+"""What goes into and comes out of the denoising loop: noise, text, faces, pixels. Each is one compiled function."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from infinite_id_jax.stable_diffusion.clip_vision import VisionOutput
+from infinite_id_jax.typing import Array, Float, Int, UInt
+
+Split = tuple[nnx.GraphDef, Any]
+"""A module as `nnx.split` gives it: its structure, which is compiled in, and its arrays."""
+
+
+@partial(jax.jit, static_argnums=1)
+def seeded_noise(seeds: UInt[Array, " P"] | np.ndarray, shape: tuple[int, int, int]) -> Float[Array, "P h w c"]:
+    """Unit normal noise, each row from its own seed: a row is the same in any batch."""
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+
+
+def time_ids(height: int, width: int) -> Float[np.ndarray, "6"]:
+    """SDXL's micro-conditioning for an uncropped picture: original size, crop top-left, target size in pixels."""
+    return np.asarray([height, width, 0, 0, height, width], np.float32)
+
+
+def encode_text(
+    first: Split, second: Split, ids: Int[np.ndarray, "P L"], ids_2: Int[np.ndarray, "P L"]
+) -> tuple[Float[Array, "P L C"], Float[Array, "P D"]]:
+    """SDXL's text condition: penultimate states of both encoders side by side, and the second one's pooled text."""
+    return _encode_text(first[0], second[0], first[1], second[1], ids, ids_2)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode_text(graph: Any, graph_2: Any, state: Any, state_2: Any, ids: Array, ids_2: Array) -> tuple[Array, Array]:
+    out, out_2 = nnx.merge(graph, state)(ids), nnx.merge(graph_2, state_2)(ids_2)
+    return jnp.concatenate([out.penultimate, out_2.penultimate], axis=-1), out_2.pooled
+
+
+def encode_crops(model: Split, pixels: Float[Array, "B H W 3"]) -> VisionOutput:
+    """The CLIP image encoder."""
+    return _apply(model[0], model[1], pixels)
+
+
+def map_features(
+    adapter: Split, hidden_states: Float[Array, "B L C"], embedding: Float[Array, "B E"]
+) -> Float[Array, "B K D"]:
+    """Face features to identity tokens (Infinite-ID Eq. 4)."""
+    return _apply(adapter[0], adapter[1], hidden_states, embedding)
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(graph: Any, state: Any, *inputs: Array) -> Any:
+    return nnx.merge(graph, state)(*inputs)
+
+
+def decode(vae: Split, latents: Float[np.ndarray, "B h w c"], rows: int) -> Float[np.ndarray, "B H W 3"]:
+    """Unscaled latents to pixels in [0, 1], `rows` at a time, because decoding is what takes the memory."""
+    pixels = []
+    for start in range(0, len(latents), rows):
+        part = latents[start : start + rows]
+        padded = np.concatenate([part, np.repeat(part[-1:], rows - len(part), axis=0)])
+        pixels.append(np.asarray(_decode(vae[0], vae[1], padded))[: len(part)])
+    return np.concatenate(pixels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode(graph: Any, state: Any, latents: Array) -> Array:
+    vae = nnx.merge(graph, state)
+    image = vae.decode(latents.astype(jax.tree.leaves(state)[0].dtype)).astype(jnp.float32)
+    return jnp.clip(image / 2 + 0.5, 0.0, 1.0)

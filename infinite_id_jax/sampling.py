@@ -1,0 +1,147 @@
+"""The whole of two-stream sampling as one pure function, to be compiled once per shape and variant."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from infinite_id_jax.diffusion import guidance, samplers
+from infinite_id_jax.identity.config import Switches
+from infinite_id_jax.identity.cross_attention import IdentityContext
+from infinite_id_jax.identity.inject import mix_streams
+from infinite_id_jax.identity.streams import Layout
+from infinite_id_jax.stable_diffusion.unet import AddedConditions
+from infinite_id_jax.typing import Array, Float, Scalar
+
+
+class TextCondition(NamedTuple):
+    """Text embeddings [G, P, L, C] and pooled vectors [G, P, C'] of P prompts, G the guidance halves."""
+
+    tokens: Float[Array, "G P L C"]
+    pooled: Float[Array, "G P D"]
+
+
+class Controls(NamedTuple):
+    """Numbers that change without compiling anew."""
+
+    guidance_scale: Scalar
+    guidance_rescale: Scalar
+    id_scale: Scalar
+    text_scale: Scalar
+
+
+class Streams(NamedTuple):
+    """Final latents: identity stream [P * M, h, w, c], prompt-major, and text stream [P, h, w, c] (None if shared)."""
+
+    identity: Float[Array, "B h w c"]
+    text: Float[Array, "P h w c"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled in: the model's structure, the variant, the sampler and the rows."""
+
+    unet: nnx.GraphDef
+    switches: Switches
+    scheduler: str
+    prediction_type: str
+    layout: Layout
+    batch: NamedSharding | None = None
+    report: Callable[[Any], None] | None = None  # called with the index of each finished step
+
+
+def sample_streams(
+    program: Program,
+    unet: nnx.State,
+    noise: Float[Array, "P h w c"],
+    text: TextCondition,
+    identity: Float[Array, "G M K C"],
+    time_ids: Float[Array, " 6"],
+    controls: Controls,
+    trajectory: samplers.Trajectory,
+) -> Streams:
+    """Denoise P prompts with M identities each, all of them from the noise of their prompt.
+
+    With an `own` text stream one text row serves M identity rows; with a `shared` one each identity row brings a
+    text row that looks at the same latents (METHOD row 7).
+    """
+    layout, prompts, people = program.layout, noise.shape[0], identity.shape[1]
+    shared = program.switches.text_stream == "shared" and people > 0
+    if shared:  # a text row per identity row: repeat prompts, cycle through identities
+        noise = jnp.repeat(noise, people, axis=0)
+        text = jax.tree.map(lambda x: jnp.repeat(x, people, axis=1), text)
+        identity = jnp.tile(identity, (1, prompts, 1, 1))[:, :, None]
+    else:
+        identity = identity[:, None]
+
+    conditions = _conditions(program, text, identity, time_ids, controls)
+
+    def denoise(x_t: Array, t: Array, step: Array) -> Array:
+        rows = jnp.concatenate([x_t, x_t]) if shared else x_t
+        guided = _guided_prediction(program, unet, rows, t, step, conditions, controls)
+        if program.report is not None:
+            jax.debug.callback(program.report, step)
+        return guided[layout.text_rows :] if shared else guided
+
+    start = noise if shared else layout.spread(noise)
+    x_0 = samplers.sample(program.scheduler, trajectory, denoise, start, prediction_type=program.prediction_type)
+    return Streams(x_0, None) if shared else Streams(x_0[prompts:], x_0[:prompts])
+
+
+def _conditions(
+    program: Program, text: TextCondition, identity: Array, time_ids: Array, controls: Controls
+) -> tuple[Any, AddedConditions]:
+    """What every call of the U-Net receives beside the latents, in the row order of the layout."""
+    layout, switches = program.layout, program.switches
+    tokens = _all_rows(layout, text.tokens)
+    pooled = _all_rows(layout, text.pooled)
+    if switches.pooled_text == "zeros":
+        text_pooled, id_pooled = layout.split(pooled)
+        pooled = layout.join(text_pooled, jnp.zeros_like(id_pooled))
+    added = AddedConditions(pooled, jnp.broadcast_to(time_ids, (pooled.shape[0], time_ids.shape[0])))
+    if layout.identities == 0:
+        return tokens, added
+    context = IdentityContext(
+        tokens,
+        identity,
+        controls.id_scale,
+        controls.text_scale,
+        layout,
+        switches.style_merge,
+        switches.cross_merge,
+    )
+    return context, added
+
+
+def _all_rows(layout: Layout, x: Float[Array, "G T ..."]) -> Float[Array, "B ..."]:
+    return jnp.concatenate([layout.spread(half) for half in x])
+
+
+def _guided_prediction(
+    program: Program,
+    state: nnx.State,
+    x_t: Array,
+    t: Array,
+    step: Array,
+    conditions: tuple[Any, AddedConditions],
+    controls: Controls,
+) -> Array:
+    """One U-Net call over both streams and both guidance halves, then guidance."""
+    layout, switches = program.layout, program.switches
+    unet = nnx.merge(program.unet, state)
+    if layout.identities:
+        mix_streams(unet, layout, switches, switches.active(step))
+    x = layout.double(x_t)
+    if program.batch is not None:
+        x = jax.lax.with_sharding_constraint(x, program.batch)
+    context, added = conditions
+    prediction = unet(x, jnp.broadcast_to(t, x.shape[:1]), context, added).astype(jnp.float32)
+    if layout.halves == 1:
+        return prediction
+    uncond, cond = jnp.split(prediction, 2)
+    guided = guidance.classifier_free(uncond, cond, controls.guidance_scale)
+    return guidance.rescale(guided, cond, controls.guidance_rescale)

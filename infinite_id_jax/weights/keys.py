@@ -1,0 +1,101 @@
+"""The key map: walk one of our module trees, name every leaf as PyTorch does.
+
+One leaf rule per module type and a short ordered list of renames give {our path: Entry(torch key, axes)}.
+Export reads the map forward (`array.transpose(axes)` under `key`), import reads it backward.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+Path = tuple[str | int, ...]
+
+
+class Entry(NamedTuple):
+    """`key` in a PyTorch file; the file's array is ours with its axes in the order `axes`."""
+
+    key: str
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]  # in the file
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """The order of the file's axes that gives our array."""
+        return tuple(int(i) for i in np.argsort(self.axes))
+
+
+_LEAF_RULES: dict[tuple[type, str], tuple[str, tuple[int, ...] | None]] = {
+    (nnx.Linear, "kernel"): ("weight", (1, 0)),
+    (nnx.Conv, "kernel"): ("weight", (3, 2, 0, 1)),
+    (nnx.Embed, "embedding"): ("weight", None),
+    (nnx.LayerNorm, "scale"): ("weight", None),
+    (nnx.GroupNorm, "scale"): ("weight", None),
+}
+
+_RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"\.to_out\.", ".to_out.0."),  # PyTorch keeps it in a ModuleList beside a dropout
+    (r"\.ff\.proj\.", ".ff.net.0.proj."),
+    (r"\.ff\.out\.", ".ff.net.2."),
+    (r"\.attentions\.0\.attention\.to_", ".attentions.0.to_"),  # the VAE's PixelAttention
+    (r"_mapper\.proj_in\.", "_mapper.proj.0."),
+    (r"_mapper\.proj_out\.", "_mapper.proj.2."),
+    # Adapter files count attention processors, attn1 and attn2 in turn; identities live in every attn2.
+    (r"^ip_adapter\.(\d+)\.", lambda match: f"ip_adapter.{2 * int(match[1]) + 1}."),
+)
+
+
+def key_map(module: nnx.Module) -> dict[Path, Entry]:
+    """{path of each leaf in our tree: its Entry}, for a module with arrays or with abstract shapes."""
+    entries: dict[Path, Entry] = {}
+    for path, owner, name, variable in _leaves(module):
+        leaf, axes = name, None
+        for (kind, attribute), rule in _LEAF_RULES.items():
+            if name == attribute and isinstance(owner, kind):
+                leaf, axes = rule
+        shape = variable.shape
+        axes = tuple(range(len(shape))) if axes is None else axes
+        key = ".".join([*map(str, path[:-1]), leaf])
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        entries[path] = Entry(key, axes, tuple(shape[i] for i in axes))
+    return entries
+
+
+def _leaves(module: nnx.Module) -> Iterator[tuple[Path, Any, str, nnx.Variable]]:
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        owner: Any = module
+        for part in path[:-1]:
+            owner = owner[part] if isinstance(part, int) else getattr(owner, part)
+        yield path, owner, str(path[-1]), variable
+
+
+_LEGACY: tuple[tuple[str, str], ...] = (
+    (r"^(text_model|vision_model)\.", ""),  # newer files leave the prefix out
+    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),  # VAE files from before diffusers 0.12
+    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+)
+
+
+def current_key(key: str) -> str | None:
+    """Today's name of a key in a PyTorch file, None for buffers that older files carry along."""
+    if key.endswith("embeddings.position_ids"):
+        return None
+    for pattern, replacement in _LEGACY:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+_FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+def flax_alias(key: str) -> str:
+    """A form in which a Flax checkpoint's key ("down_blocks_0/.../kernel") and PyTorch's are the same string."""
+    parts = key.replace("/", ".").split(".")
+    parts[-1] = _FLAX_LEAVES.get(parts[-1], parts[-1])
+    current = current_key(re.sub(r"_(\d+)(?=\.|$)", r".\1", ".".join(parts)))
+    return re.sub(r"\.to_out\.(?=weight|bias)", ".to_out.0.", current or "")

@@ -1,0 +1,76 @@
+"""Eight simulated devices, shapes checked at run time, and tiny random models made by the PyTorch original."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+# Both must stand before JAX starts.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600 "
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 " + os.environ.get("XLA_FLAGS", "")
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("infinite_id_jax", "beartype.beartype")
+
+import jax
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from tests import reference_torch
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+class Tiny(NamedTuple):
+    """Random weights in the shape of SDXL: for tests of mechanism only."""
+
+    model: Path
+    adapter: Path
+    clip_dim: int = 32
+    face_dim: int = 16
+
+    def features(self, seed: int) -> dict[str, np.ndarray]:
+        """Random features of a "person", as FaceFeatures takes them."""
+        rng = np.random.default_rng(seed)
+        return {
+            "clip_hidden_states": rng.normal(size=(257, self.clip_dim)).astype(np.float32),
+            "face_embedding": rng.normal(size=self.face_dim).astype(np.float32),
+        }
+
+
+def write_adapter(folder: Path, *, clip_dim: int, face_dim: int, face_tokens: int = 1, seed: int = 1) -> Path:
+    """A random adapter folder for the tiny SDXL, written by the PyTorch reference."""
+    unet = reference_torch.tiny_sdxl_unet()
+    weights = reference_torch.adapter_state_dict(unet, clip_dim, face_dim, face_tokens, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter.safetensors")
+    config = {
+        "format": "infinite_id",
+        "clip_dim": clip_dim,
+        "face_dim": face_dim,
+        "face_tokens": face_tokens,
+        "cross_attention_dim": unet.config.cross_attention_dim,
+        "clip_mapper": "mlp",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    model = reference_torch.save_tiny_sdxl(folder / "model")
+    return Tiny(model, write_adapter(folder / "adapter", clip_dim=32, face_dim=16))
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny: Tiny):
+    from infinite_id_jax import InfiniteIDPipeline
+
+    return InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter)
