@@ -28,8 +28,8 @@ from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_st
 from infinite_id_jax.sharding import batch_sharding, make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess
 from infinite_id_jax.typing import Array, Float
-from infinite_id_jax.weights.adapter import load_adapter, save_adapter
-from infinite_id_jax.weights.folder import StableDiffusionXL, load_base, load_image_encoder, resolve
+from infinite_id_jax.weights.adapter import load_adapter, read_adapter_config, save_adapter
+from infinite_id_jax.weights.folder import StableDiffusionXL, load_base, load_image_encoder, read_settings, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = ("pil", "numpy", "latent")
@@ -109,6 +109,8 @@ class InfiniteIDPipeline:
         device_mesh = make_mesh(mesh)
         sharding = parameter_sharding(device_mesh)
         folder = resolve(base if isinstance(base, str) else Path(base))
+        if adapter is not None:  # before anything large is read
+            read_adapter_config(Path(adapter)).check_fits(read_settings(folder).unet.cross_attention_dim)
         model = load_base(folder, dtype=dtype, sharding=sharding)
         loaded = None
         if adapter is not None:
@@ -142,21 +144,22 @@ class InfiniteIDPipeline:
 
     def encode_identity(
         self,
-        source: str | PathLike[str] | PILImage.Image | np.ndarray | FaceFeatures,
+        source: str | PathLike[str] | PILImage.Image | np.ndarray | ExtractedFace | FaceFeatures,
         *,
         face_index: int | None = None,
     ) -> Identity:
-        """One person from a photo or from precomputed features (Eq. 4).
+        """One person from a photo, from a face found in one, or from precomputed features (Eq. 4).
 
         Raises InputError for an unusable photo or features of another width, NoFaceError for a photo without a face.
         """
         adapter = self._require_adapter()
         if isinstance(source, FaceFeatures):
             return Identity(self._tokens(source))
-        self._check_recogniser(adapter)
-        face = extract_face(
-            open_photo(source), self.faces, face_index=face_index, crop_size=self.image_encoder.config.image_size
-        )
+        if isinstance(source, ExtractedFace):
+            face = source
+        else:
+            adapter.config.check_recogniser(self.faces.name, self.faces.embedding_dim)
+            face = extract_face(open_photo(source), self.faces, face_index=face_index)
         hidden = self._clip_hidden_states(face.clip_crop)
         return Identity(self._tokens(FaceFeatures(hidden, face.embedding)), face)
 
@@ -209,7 +212,7 @@ class InfiniteIDPipeline:
         """
         prompts = _checked_prompts(prompts)
         people = [identities] if isinstance(identities, Identity) else list(identities or ())
-        switches = Switches(attention, style_merge, cross_merge, text_stream, pooled_text, *step_range, *layer_range)
+        switches = Switches(attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range)
         if output not in OUTPUTS:
             raise InputError(f"Unknown output {output!r}: choose from {', '.join(OUTPUTS)}.")
         shape = self._latent_shape(height, width, latents)
@@ -254,13 +257,6 @@ class InfiniteIDPipeline:
         if self.adapter is None:
             raise InputError("Identities need an adapter: load one with from_pretrained(base, adapter=FOLDER).")
         return self.adapter
-
-    def _check_recogniser(self, adapter: IdentityAdapter) -> None:
-        if self.faces.embedding_dim != adapter.config.face_dim:
-            raise InputError(
-                f"The adapter was trained on face embeddings of {adapter.config.face_dim} numbers and the face backend "
-                f"{self.faces.name} gives {self.faces.embedding_dim}: choose the backend it was trained with."
-            )
 
     def _clip_hidden_states(self, crop: np.ndarray) -> Float[Array, "L C"]:
         out = conditioning.encode_crops(nnx.split(self.image_encoder), preprocess(crop[None]))

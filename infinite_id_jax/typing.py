@@ -1,6 +1,6 @@
 """Shape aliases and the legend of axes.
 
-Axes: B batch rows, H W height and width, L tokens (K of keys and values), N heads, D head dim, C channels, S steps of a sampler.
+Axes: B batch rows, H W height and width, L tokens (K of keys and values), N heads, D head dim, C channels, S steps.
 Streams: P prompts, M identities per prompt, T text rows (of one guidance half), R identity rows per text row.
 Images and latents are NHWC inside; layouts change only at import and export.
 """

@@ -19,14 +19,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class Switches:
     """The variants of the method; each is part of the compiled program.
 
-    attention: self-attention of the identity stream: mixed (Eq. 5), mutual (MasaCtrl, the ablation of Table 1) or off.
+    attention: the identity stream's self-attention: mixed (Eq. 5), mutual (MasaCtrl, ablation of Table 1) or off.
     style_merge: what K_id, V_id and K'_id, V'_id take over from the text's: nothing, the mean (Eq. 7, 8), or mean
-        and standard deviation (the ablation of Fig. 7).
+        and standard deviation (ablation of Fig. 7).
     cross_merge: the text term of Eq. 6; without it no text enters the identity stream's cross-attention (Table 2).
     text_stream: own: it denoises its own latents; shared: it looks at the identity stream's.
     pooled_text: SDXL's pooled text vector in the identity stream.
-    first_step, last_step (exclusive), first_layer, last_layer (exclusive): the sampler's steps and the self-attention
-        layers, in order of execution, in which `attention` departs from plain self-attention.
+    step_range, layer_range: (first, end) of the sampler's steps and of the self-attention layers, in order of
+        execution, in which `attention` departs from plain self-attention; an end of None is the last.
     """
 
     attention: str = "mixed"
@@ -34,30 +34,29 @@ class Switches:
     cross_merge: bool = True
     text_stream: str = "own"
     pooled_text: str = "prompt"
-    first_step: int = 0
-    last_step: int | None = None
-    first_layer: int = 0
-    last_layer: int | None = None
+    step_range: tuple[int, int | None] = (0, None)
+    layer_range: tuple[int, int | None] = (0, None)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"Unknown {name} {getattr(self, name)!r}: choose from {', '.join(allowed)}.")
-        for unit in ("step", "layer"):
-            first, last = getattr(self, f"first_{unit}"), getattr(self, f"last_{unit}")
-            if first < 0 or (last is not None and last < first):
-                raise InputError(f"The {unit}s {first}:{last} are no range: give 0 <= first_{unit} <= last_{unit}.")
+        for name in ("step_range", "layer_range"):
+            first, end = getattr(self, name)
+            if first < 0 or (end is not None and end < first):
+                raise InputError(f"{name} {first}:{end} is no range: give 0 <= first <= end.")
 
     def active(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
         """Whether `attention` applies at this traced step; None if it applies at all of them."""
-        if self.first_step == 0 and self.last_step is None:
+        first, end = self.step_range
+        if first == 0 and end is None:
             return None
-        started = step >= self.first_step
-        return started if self.last_step is None else started & (step < self.last_step)
+        return step >= first if end is None else (step >= first) & (step < end)
 
     def covers(self, layer: int) -> bool:
         """Whether `attention` applies in this self-attention layer."""
-        return self.first_layer <= layer and (self.last_layer is None or layer < self.last_layer)
+        first, end = self.layer_range
+        return first <= layer and (end is None or layer < end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +84,22 @@ class AdapterConfig:
             raise InputError(f"adapter_config.json: clip_mapper {self.clip_mapper!r} is not supported, only 'mlp'.")
         if self.clip_layer not in ("last", "penultimate"):
             raise InputError(f"adapter_config.json: clip_layer {self.clip_layer!r} is neither last nor penultimate.")
+
+    def check_fits(self, cross_attention_dim: int) -> None:
+        """Raise InputError unless a model of this cross-attention width takes the adapter."""
+        if self.cross_attention_dim != cross_attention_dim:
+            raise InputError(
+                f"The adapter has cross-attention width {self.cross_attention_dim}, the model {cross_attention_dim}: "
+                "use an adapter trained for this model (2048 is SDXL, 1024 SD 2, 768 SD 1.5)."
+            )
+
+    def check_recogniser(self, name: str, embedding_dim: int) -> None:
+        """Raise InputError unless the adapter takes this face backend's embeddings."""
+        if self.face_dim != embedding_dim:
+            raise InputError(
+                f"The adapter was trained on face embeddings of {self.face_dim} numbers and the face backend {name} "
+                f"gives {embedding_dim}: choose the backend it was trained with."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":

@@ -24,11 +24,7 @@ class IdentityAdapter(nnx.Module):
     """Everything Infinite-ID trains: both mappers and one projection for each cross-attention of `unet`."""
 
     def __init__(self, config: AdapterConfig, unet: UNet2DConditionModel, *, rngs: nnx.Rngs):
-        if config.cross_attention_dim != unet.config.cross_attention_dim:
-            raise InputError(
-                f"The adapter has cross-attention width {config.cross_attention_dim}, the model "
-                f"{unet.config.cross_attention_dim}: use an adapter trained for this model (2048 is SDXL, 768 SD 1.5)."
-            )
+        config.check_fits(unet.config.cross_attention_dim)
         self.config = config
         self.clip_mapper = ClipMapper(config, rngs=rngs)
         self.face_mapper = FaceMapper(config, rngs=rngs)

@@ -5,11 +5,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from infinite_id_jax.errors import InputError
+from infinite_id_jax.files import save_json
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.inject import IdentityAdapter
 from infinite_id_jax.stable_diffusion.config import read_json
 from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
-from infinite_id_jax.weights.export import save_json, save_weights
+from infinite_id_jax.weights.export import save_weights
 from infinite_id_jax.weights.load import ShardingRule, Tensor, abstract, fill, open_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"

@@ -1,17 +1,12 @@
-"""Our arrays into safetensors files in PyTorch's layout, written beside and renamed."""
+"""Our arrays into safetensors files in PyTorch's layout."""
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.files import replacing
 from infinite_id_jax.weights.keys import key_map
 
 
@@ -26,34 +21,5 @@ def torch_state(module: nnx.Module) -> dict[str, np.ndarray]:
 
 def save_weights(module: nnx.Module, path: Path) -> None:
     """Write one safetensors file; a half-written one never has the final name. Raises InputError on a full disk."""
-    from safetensors.numpy import save_file
-
     with replacing(path) as beside:
         save_file(torch_state(module), beside, metadata={"format": "pt"})
-
-
-def save_json(content: dict[str, Any], path: Path) -> None:
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed onto it at the end; removed if anything fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): free space or choose another."
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
