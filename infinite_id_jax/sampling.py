@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from infinite_id_jax.diffusion import guidance, samplers
 from infinite_id_jax.identity.config import Switches
 from infinite_id_jax.identity.cross_attention import IdentityContext
-from infinite_id_jax.identity.inject import mix_streams
+from infinite_id_jax.identity.inject import eject, mix_streams
 from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.stable_diffusion.unet import AddedConditions
 from infinite_id_jax.typing import Array, Float, Scalar
@@ -135,6 +135,8 @@ def _guided_prediction(
     unet = nnx.merge(program.unet, state)
     if layout.identities:
         mix_streams(unet, layout, switches, switches.active(step))
+    else:
+        eject(unet)
     x = layout.double(x_t)
     if program.batch is not None:
         x = jax.lax.with_sharding_constraint(x, program.batch)

@@ -13,6 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "text_stream": ("own", "shared"),
     "pooled_text": ("prompt", "zeros"),
 }
+CLIP_LAYERS = ("last", "penultimate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +72,9 @@ class AdapterConfig:
     face_tokens: int = 1
     cross_attention_dim: int = 2048
     clip_mapper: str = "mlp"
-    clip_layer: str = "last"  # or "penultimate": which hidden states of the CLIP image encoder
+    clip_layer: str = "last"  # which hidden states of the CLIP image encoder, one of CLIP_LAYERS
     clip_hidden: int | None = None
     face_hidden: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("clip_dim", "face_dim", "face_tokens", "cross_attention_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"adapter_config.json: {name} must be a positive integer, not {value!r}.")
-        if self.clip_mapper != "mlp":
-            raise InputError(f"adapter_config.json: clip_mapper {self.clip_mapper!r} is not supported, only 'mlp'.")
-        if self.clip_layer not in ("last", "penultimate"):
-            raise InputError(f"adapter_config.json: clip_layer {self.clip_layer!r} is neither last nor penultimate.")
 
     def check_fits(self, cross_attention_dim: int) -> None:
         """Raise InputError unless a model of this cross-attention width takes the adapter."""
@@ -114,6 +105,15 @@ class AdapterConfig:
         missing = sorted(required - values.keys())
         if missing:
             raise InputError(f"adapter_config.json: {', '.join(missing)} missing: write the file again.")
+        for name in required:
+            if not isinstance(values[name], int) or values[name] < 1:
+                raise InputError(f"adapter_config.json: {name} must be a positive integer, not {values[name]!r}.")
+        if values.get("clip_mapper", "mlp") != "mlp":
+            raise InputError(
+                f"adapter_config.json: clip_mapper {values['clip_mapper']!r} is not supported, only 'mlp'."
+            )
+        if values.get("clip_layer", "last") not in CLIP_LAYERS:
+            raise InputError(f"adapter_config.json: clip_layer {values['clip_layer']!r} is not of {CLIP_LAYERS}.")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:

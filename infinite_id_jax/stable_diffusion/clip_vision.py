@@ -74,7 +74,8 @@ class CLIPVisionModel(nnx.Module):
 
 def preprocess(crops: UInt8[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B H W 3"]:
     """Normalise RGB crops of the model's size by CLIP's channel statistics, in fp32."""
-    return (jnp.asarray(crops, jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+    mean, std = (jnp.array(statistic).reshape(1, 1, 1, 3) for statistic in (MEAN, STD))
+    return (jnp.asarray(crops, jnp.float32) / 255 - mean) / std
 
 
 def resize_and_crop(image: Image.Image, size: int = 224) -> UInt8[np.ndarray, "size size 3"]:

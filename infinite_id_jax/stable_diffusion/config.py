@@ -38,7 +38,8 @@ class _Config:
                     "use an SDXL, SD 2 or SD 1.5 model."
                 )
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: _frozen(value) for key, value in values.items() if key in names and value is not None})
+        given = {key: _frozen(value) for key, value in values.items() if key in names and value is not None}
+        return cls(**(cls._absent() | given))
 
     @classmethod
     def from_json(cls: type[C], path: Path) -> C:
@@ -55,6 +56,11 @@ class _Config:
 
     @classmethod
     def _fixed(cls) -> dict[str, tuple[Any, ...]]:
+        return {}
+
+    @classmethod
+    def _absent(cls) -> dict[str, Any]:
+        """What diffusers takes for a setting that is younger than the file."""
         return {}
 
 
@@ -78,7 +84,6 @@ class UNetConfig(_Config):
     num_attention_heads: int | tuple[int, ...] | None = None  # wins over attention_head_dim where given
     cross_attention_dim: int = 2048
     use_linear_projection: bool = True
-    upcast_attention: bool = False  # softmax(QK) in fp32: SD 2.1 overflows fp16 otherwise
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     addition_embed_type: str | None = None  # "text_time" (pooled text and micro-conditioning) in SDXL
@@ -94,6 +99,8 @@ class UNetConfig(_Config):
             "act_fn": ("silu",),
             "addition_embed_type": ("text_time", None),
             "class_embed_type": (None,),
+            "num_class_embeds": (None,),
+            "attention_type": ("default",),
             "encoder_hid_dim_type": (None,),
             "time_embedding_type": ("positional",),
             "time_cond_proj_dim": (None,),
@@ -113,6 +120,27 @@ class UNetConfig(_Config):
             "time_embedding_dim": (None,),
             "timestep_post_act": (None,),
         }
+
+    @classmethod
+    def _absent(cls) -> dict[str, Any]:
+        return {"transformer_layers_per_block": 1, "use_linear_projection": False}
+
+    def __post_init__(self):
+        for key in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(getattr(self, key), int):
+                raise InputError(f"UNetConfig: {key}={getattr(self, key)!r} is not supported (only one number).")
+        for key, kind in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
+            for block_type in getattr(self, key):
+                if block_type not in (kind, f"CrossAttn{kind}"):
+                    raise InputError(
+                        f"UNetConfig: {key} has {block_type}, which is not supported: use SDXL, SD 2 or SD 1.5."
+                    )
+        for key in ("down_block_types", "up_block_types", "heads", "transformer_layers"):
+            if len(getattr(self, key)) != len(self.block_out_channels):
+                raise InputError(
+                    f"UNetConfig: {key} names {len(getattr(self, key))} levels and block_out_channels "
+                    f"{len(self.block_out_channels)}: fetch unet/config.json again."
+                )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -145,7 +173,6 @@ class VAEConfig(_Config):
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.13025
-    force_upcast: bool = True  # fp16 activations overflow
 
     @classmethod
     def _fixed(cls) -> dict[str, tuple[Any, ...]]:
@@ -158,6 +185,10 @@ class VAEConfig(_Config):
             "use_quant_conv": (True,),
             "use_post_quant_conv": (True,),
         }
+
+    @classmethod
+    def _absent(cls) -> dict[str, Any]:
+        return {"scaling_factor": 0.18215}
 
     @property
     def downscale(self) -> int:

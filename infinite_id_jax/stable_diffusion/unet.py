@@ -214,8 +214,6 @@ def _levels(config: UNetConfig, block_types: tuple[str, ...], time_dim: int) -> 
     """One per resolution, finest first."""
     levels = []
     for i, block_type in enumerate(block_types):
-        if block_type not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
-            raise InputError(f"UNetConfig: block type {block_type} is not supported: use SDXL, SD 2 or SD 1.5.")
         layers = config.transformer_layers[i] if block_type.startswith("CrossAttn") else 0
         levels.append(_Level(config, config.block_out_channels[i], config.heads[i], layers, time_dim))
     return levels

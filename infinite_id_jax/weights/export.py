@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from infinite_id_jax.files import replacing
@@ -22,4 +23,7 @@ def torch_state(module: nnx.Module) -> dict[str, np.ndarray]:
 def save_weights(module: nnx.Module, path: Path) -> None:
     """Write one safetensors file; a half-written one never has the final name. Raises InputError on a full disk."""
     with replacing(path) as beside:
-        save_file(torch_state(module), beside, metadata={"format": "pt"})
+        try:
+            save_file(torch_state(module), beside, metadata={"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from None

@@ -74,7 +74,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: network, authorisation, unknown name
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{hub_id} is no local folder and the hub did not give it: {reason}") from None
 
 
@@ -90,7 +90,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         schedule_config = ScheduleConfig.from_dict(read_json(schedule))
     except InputError as error:
-        raise InputError(f"{schedule}: {error}") from None
+        raise error if str(schedule) in str(error) else InputError(f"{schedule}: {error}") from None
     index = folder / "model_index.json"
     options = read_json(index) if index.exists() else {}
     return Settings(

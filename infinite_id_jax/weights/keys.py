@@ -93,9 +93,9 @@ def current_key(key: str) -> str | None:
 _FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
-def flax_alias(key: str) -> str:
-    """A form in which a Flax checkpoint's key ("down_blocks_0/.../kernel") and PyTorch's are the same string."""
-    parts = key.replace("/", ".").split(".")
-    parts[-1] = _FLAX_LEAVES.get(parts[-1], parts[-1])
-    current = current_key(re.sub(r"_(\d+)(?=\.|$)", r".\1", ".".join(parts)))
-    return re.sub(r"\.to_out\.(?=weight|bias)", ".to_out.0.", current or "")
+def flax_key(key: str) -> str | None:
+    """`current_key` of a key in a Flax checkpoint ("down_blocks_0/resnets_1/conv1/kernel")."""
+    *modules, leaf = key.split("/")
+    # Flax joins a list's name and its index with "_"; linear_1 and linear_2 are names of their own.
+    modules = [re.sub(r"(?<!linear)_(\d+)$", r".\1", module) for module in modules]
+    return current_key(".".join([*modules, _FLAX_LEAVES.get(leaf, leaf)]))

@@ -18,7 +18,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.weights.keys import Entry, current_key, flax_alias, key_map
+from infinite_id_jax.weights.keys import Entry, current_key, flax_key, key_map
 
 M = TypeVar("M", bound=nnx.Module)
 ShardingRule = Callable[[str, tuple[int, ...]], Sharding]
@@ -141,6 +141,8 @@ def _to_device(tensor: Tensor, entry: Entry, shape: tuple[int, ...], where: Shar
 def open_tensors(source: Path, stack: ExitStack) -> dict[str, Tensor]:
     """{today's PyTorch key: tensor} of a weight file, or of the weights in a folder."""
     source = find_weights(source) if source.is_dir() else source
+    if not source.is_file():
+        raise InputError(f"{source} is missing: check the path.")
     if source.name.endswith(".msgpack"):
         return _open_msgpack(source)
     paths = _shards(source) if source.name.endswith(".json") else [source]
@@ -164,26 +166,27 @@ def find_weights(folder: Path) -> Path:
     for name in ("diffusion_flax_model.msgpack", "flax_model.msgpack"):
         if (folder / name).exists():
             return folder / name
-    pickles = [path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise InputError(f"{folder} holds only a pickle ({pickles[0]}), which can run code: convert it to safetensors.")
-    raise InputError(f"{folder} holds no weights (*.safetensors or *.msgpack): download the model again.")
+    raise InputError(
+        f"{folder} holds no weights under a name of diffusers or transformers ({stems[0]}.safetensors, "
+        f"{stems[1]}.safetensors, sharded ones with their index): download the model again."
+    )
 
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index} is damaged ({error}): fetch it again.") from None
-    missing = [name for name in names if not (index.parent / name).is_file()]
+        paths = [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is damaged ({type(error).__name__}: {error}): fetch it again.") from None
+    missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise InputError(f"{index.parent} misses the weight shards {', '.join(missing)}: fetch them again.")
-    return [index.parent / name for name in names]
+    return paths
 
 
 def _open_safetensors(path: Path, stack: ExitStack) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: check the path.")
     try:
         return stack.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
@@ -199,7 +202,8 @@ def _open_msgpack(path: Path) -> dict[str, Tensor]:
         flat = traverse_util.flatten_dict(tree, sep="/")
     except Exception as error:  # msgpack raises its own zoo of exceptions on damaged bytes
         raise InputError(f"{path} is not a whole Flax checkpoint ({error}): fetch it again.") from None
-    return {flax_alias(key): _InMemory(_from_flax(key, array)) for key, array in flat.items()}
+    named = {flax_key(key): _InMemory(_from_flax(key, array)) for key, array in flat.items()}
+    return {key: tensor for key, tensor in named.items() if key is not None}
 
 
 def _from_flax(key: str, array: Any) -> np.ndarray:

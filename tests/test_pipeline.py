@@ -1,0 +1,181 @@
+"""What a user calls: order, seeds, batches, compilation, adapters and errors."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
+from infinite_id_jax.errors import InputError
+from tests.conftest import write_adapter
+
+FAST = {"steps": 2, "height": 64, "width": 64, "output": "latent"}
+
+
+@pytest.fixture(scope="module")
+def people(pipe, tiny):
+    return [pipe.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
+
+
+def compilations(pipe) -> int:
+    return pipe._sample._cache_size()
+
+
+def test_prompts_seeds_scales_and_identities_do_not_recompile(pipe, people):
+    pipe(["a man", "a dog"], people, **FAST)
+    before = compilations(pipe)
+    pipe(["a woman in the snow", "a cat"], people[::-1], seed=[7, 3], **FAST)
+    pipe(["a man", "a dog"], people, negative_prompt="blurry", guidance_scale=7.5, guidance_rescale=0.3, **FAST)
+    pipe(["a man", "a dog"], people, id_scale=0.3, text_scale=1.2, latents=np.ones((2, 8, 8, 4)), **FAST)
+    pipe(["a man", "a dog"], people, progress=None, **FAST)
+    assert compilations(pipe) == before
+    pipe(["a man", "a dog"], people, attention="off", **FAST)  # the count does count
+    assert compilations(pipe) == before + 1
+
+
+def test_images_come_in_prompt_major_order(pipe, people):
+    both = pipe(["a man", "a dog"], people, seed=[1, 2], **FAST)
+    assert both.latents.shape == (4, 8, 8, 4)
+    assert both.text_stream_latents.shape == (2, 8, 8, 4)
+    for p, (prompt, seed) in enumerate((("a man", 1), ("a dog", 2))):
+        for m, person in enumerate(people):
+            alone = pipe(prompt, person, seed=seed, **FAST)
+            # The same image alone or in any batch. Measured: MEASURED_BATCH.
+            np.testing.assert_allclose(both.latents[2 * p + m], alone.latents[0], atol=1e-4)
+    differences = [np.abs(both.latents[0] - both.latents[i]).max() for i in (1, 2, 3)]
+    assert min(differences) > 1e-2
+
+
+def test_the_text_stream_is_plain_sdxl(pipe, people):
+    """Features flow from text to identity only, so the text rows end where text-to-image ends."""
+    streams = pipe(["a man", "a dog"], people, seed=5, **FAST)
+    plain = pipe(["a man", "a dog"], seed=5, **FAST)
+    assert plain.latents.shape == (2, 8, 8, 4)
+    np.testing.assert_allclose(streams.text_stream_latents, plain.latents, atol=1e-4)
+
+
+def test_without_identity_and_mixing_the_identity_stream_is_plain_sdxl(pipe, people):
+    """id_scale 0, mixing off, the prompt's text (METHOD section 1)."""
+    out = pipe(["a man", "a dog"], people, seed=5, attention="off", id_scale=0.0, **FAST)
+    for p in range(2):
+        for m in range(2):
+            np.testing.assert_allclose(out.latents[2 * p + m], out.text_stream_latents[p], atol=1e-4)
+
+
+def test_an_integer_seed_counts_up(pipe):
+    a = pipe(["a man", "a man"], seed=4, **FAST)
+    b = pipe(["a man", "a man"], seed=[4, 5], **FAST)
+    np.testing.assert_array_equal(a.latents, b.latents)
+    assert np.abs(a.latents[0] - a.latents[1]).max() > 1e-2
+
+
+def test_guidance_of_one_is_the_conditional_prediction(pipe, people):
+    """It runs half the rows; a scale next to 1 in the full program gives the same picture."""
+    half = pipe("a man", people, guidance_scale=1.0, **FAST)
+    full = pipe("a man", people, guidance_scale=1.0 + 1e-6, **FAST)
+    np.testing.assert_allclose(half.latents, full.latents, atol=1e-3)
+
+
+def test_outputs(pipe, people):
+    calls = {k: v for k, v in FAST.items() if k != "output"}
+    steps = []
+    pil = pipe("a man", people, output="pil", progress=steps.append, **calls)
+    floats = pipe("a man", people, output="numpy", **calls)
+    assert steps == [1, 2]
+    assert all(isinstance(image, Image.Image) and image.size == (64, 64) for image in pil.images)
+    assert floats.images.shape == (2, 64, 64, 3)
+    assert 0 <= floats.images.min() <= floats.images.max() <= 1
+    np.testing.assert_allclose(np.asarray(pil.images[1]) / 255, floats.images[1], atol=0.51 / 255)
+    assert pipe("a man", people, **FAST).images is None
+
+
+def test_mixtures_stand_beside_single_people(pipe, people):
+    pair = pipe.mix_identities(people)
+    assert pair.tokens.shape == (516, 64)
+    between = pipe.mix_identities(people, [0.5, 0.5])
+    assert between.tokens.shape == (258, 64)
+    together = pipe("a man", [pair, people[0]], **FAST)
+    alone = pipe("a man", people[0], **FAST)
+    np.testing.assert_allclose(together.latents[1], alone.latents[0], atol=1e-4)
+    assert np.abs(together.latents[0] - together.latents[1]).max() > 1e-3
+    one_sided = pipe("a man", pipe.mix_identities(people, [1.0, 0.0]), **FAST)
+    np.testing.assert_allclose(one_sided.latents, alone.latents, atol=1e-4)
+
+
+def test_an_adapter_round_trip_is_bit_exact(pipe, tiny, tmp_path):
+    pipe.save_adapter(tmp_path / "copy")
+    from safetensors.numpy import load_file
+
+    original, copy = (load_file(folder / "adapter.safetensors") for folder in (tiny.adapter, tmp_path / "copy"))
+    assert original.keys() == copy.keys()
+    for key, array in original.items():
+        np.testing.assert_array_equal(array, copy[key])
+    assert InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path / "copy").adapter.config == pipe.adapter.config
+
+
+def test_several_face_tokens(tiny, tmp_path):
+    folder = write_adapter(tmp_path / "four", clip_dim=32, face_dim=16, face_tokens=4)
+    person = InfiniteIDPipeline.from_pretrained(tiny.model, folder).encode_identity(FaceFeatures(**tiny.features(1)))
+    assert person.tokens.shape == (261, 64)
+
+
+def test_a_photograph_becomes_an_identity(tiny, tmp_path):
+    """The real detector and recogniser on a real photo, then CLIP, then the mappers."""
+    from tests.photos import astronaut
+
+    folder = write_adapter(tmp_path / "dlib", clip_dim=32, face_dim=128)
+    pipe = InfiniteIDPipeline.from_pretrained(tiny.model, folder, faces="offline")
+    path = tmp_path / "astronaut.png"
+    Image.fromarray(np.asarray(astronaut())).save(path)
+    person = pipe.encode_identity(path)
+    assert person.tokens.shape == (258, 64)
+    assert person.face.clip_crop.shape == (224, 224, 3)
+    again = pipe.encode_identity(person.face)
+    np.testing.assert_array_equal(person.tokens, again.tokens)
+    from_pil = pipe.encode_identity(Image.open(path))
+    np.testing.assert_array_equal(person.tokens, from_pil.tokens)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"scheduler": "ddpm"}, "ddpm"),
+        ({"style_merge": "mean"}, "style_merge"),
+        ({"attention": "both"}, "attention"),
+        ({"text_stream": "third"}, "text_stream"),
+        ({"output": "jpeg"}, "output"),
+        ({"height": 70}, "height 70 is not a multiple of 8: take 72"),
+        ({"width": 0}, "width 0"),
+        ({"steps": 0}, "0 steps"),
+        ({"seed": -1}, "Seeds lie between 0 and 4294967295"),
+        ({"seed": [1, 2, 3]}, "3 seeds for 1 prompts"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"\[1, 4, 8, 8\]"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+    ],
+)
+def test_calls_that_cannot_be_used(pipe, people, call, says):
+    with pytest.raises(InputError, match=says):
+        pipe("a man", people, **{**FAST, **call})
+
+
+def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):
+    with pytest.raises(InputError, match="no prompt"):
+        pipe([], **FAST)
+    features = tiny.features(0)
+    with pytest.raises(
+        InputError, match=r"clip_hidden_states has shape \[257, 31\] and this adapter takes \[tokens, 32\]"
+    ):
+        pipe.encode_identity(FaceFeatures(features["clip_hidden_states"][:, :31], features["face_embedding"]))
+    with pytest.raises(InputError, match=r"face_embedding has shape \[1, 16\]"):
+        pipe.encode_identity(FaceFeatures(features["clip_hidden_states"], features["face_embedding"][None]))
+    with pytest.raises(InputError, match=r"adapter folder .* does not exist"):
+        InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path / "none")
+    with pytest.raises(InputError, match="float8"):
+        InfiniteIDPipeline.from_pretrained(tiny.model, dtype="float8")
+    bare = InfiniteIDPipeline.from_pretrained(tiny.model)
+    with pytest.raises(InputError, match="need an adapter"):
+        bare.encode_identity(FaceFeatures(**features))
+    wide = write_adapter(tmp_path / "wide", clip_dim=32, face_dim=16)
+    config = wide / "adapter_config.json"
+    config.write_text(config.read_text().replace('"cross_attention_dim": 64', '"cross_attention_dim": 768'))
+    with pytest.raises(InputError, match="width 768, the model 64"):
+        InfiniteIDPipeline.from_pretrained(tiny.model, wide)

@@ -1,0 +1,66 @@
+"""One device and eight give the same latents; the rules put every array where they say."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
+from infinite_id_jax.errors import InputError
+from infinite_id_jax.sharding import make_mesh, parameter_sharding
+
+FAST = {"steps": 3, "height": 64, "width": 64, "output": "latent", "seed": 2}
+
+
+def run(pipe, tiny):
+    people = [pipe.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
+    return pipe(["a man in the snow", "a drawing of a dog"], people, style_merge="adain_mean", **FAST)
+
+
+@pytest.fixture(scope="module")
+def one_device(pipe, tiny):
+    return run(pipe, tiny)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=2"])
+def test_a_mesh_gives_the_same_latents(one_device, tiny, mesh):
+    """Twelve rows, which eight devices divide unevenly; heads divide by 2 only."""
+    out = run(InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, mesh=mesh), tiny)
+    # Measured: at most MEASURED_MESH.
+    np.testing.assert_allclose(out.latents, one_device.latents, atol=1e-4)
+    np.testing.assert_allclose(out.text_stream_latents, one_device.text_stream_latents, atol=1e-4)
+
+
+def test_weights_are_divided(tiny):
+    pipe = InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, mesh="fsdp=4,tensor=2")
+    state = dict(nnx.to_flat_state(pipe._unet[1]))
+    attn1 = ("down_blocks", 1, "attentions", 0, "transformer_blocks", 0, "attn1")
+    for leaf, part in ((("to_q", "kernel"), (16, 32)), (("to_out", "kernel"), (32, 16))):
+        array = state[(*attn1, *leaf)][...]
+        assert array.shape == (64, 64)
+        assert array.addressable_shards[0].data.shape == part
+    held = sum(v[...].addressable_shards[0].data.size for v in state.values())
+    whole = sum(v[...].size for v in state.values())
+    assert held < 0.3 * whole  # an eighth of the matrices, all of the small vectors
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    rule = parameter_sharding(make_mesh("fsdp=8"))
+    assert rule("mid_block.x.to_q.weight", (12, 16)).spec == jax.sharding.PartitionSpec(None, "tensor")
+    assert rule("mid_block.x.to_q.weight", (16, 16)).spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    assert rule("conv_in.weight", (3, 3, 4, 32)).spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")
+    assert parameter_sharding(None) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("data=16", "16 devices and 8 are present"),
+        ("batch=2", "not of the form"),
+        ("data", "not of the form"),
+        ("data=0", "not of the form"),
+    ],
+)
+def test_meshes_that_cannot_be_made(spec, says):
+    with pytest.raises(InputError, match=says):
+        make_mesh(spec)
