@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import io
 import logging
 import sys
 import traceback
@@ -11,12 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, NoFaceError
+from infinite_id_jax.request import check_options, find_model, image_encoder_folder, read_prompts, report_cut_words
 
 if TYPE_CHECKING:
     from infinite_id_jax import Identity, InfiniteIDPipeline
     from infinite_id_jax.faces.extract import ExtractedFace
     from infinite_id_jax.output_folder import OutputFolder, Row
+
+_SMALLER = "take a smaller --height and --width, a --batch-size of 1 or --dtype bfloat16."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, InputError):
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            print(f"error: The memory is full: {_SMALLER}", file=sys.stderr)
+            return InputError.exit_code
         print(f"error: {type(error).__name__}: {error} (this is a defect; --debug shows where)", file=sys.stderr)
         return 1
     return 0
@@ -44,20 +51,21 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     check_options(args)
     faces = find_faces(args)
-    folder, rows = plan(args, prompts, faces)
-    todo = [row for row in rows if not folder.is_done(row, overwrite=args.overwrite)]
+    model = find_model(args, faces)
+    report_cut_words(model, [*prompts, args.negative_prompt or ""])
+    folder, rows = plan(args, model, prompts, faces)
+    todo = folder.missing(rows, overwrite=args.overwrite)
     total = f"{len(prompts)} prompts x {args.num_images} seeds x {folder.columns} identities"
     print(f"{total} = {len(rows) * folder.columns} images, {len(todo) * folder.columns} of them to be drawn.")
     if args.dry_run:
         print(f"Dry run: no weights were loaded and nothing was written to {args.output_dir}.")
         return
-    folder.check_writable()
-    if todo:
-        pipe = load_pipeline(args)
-        report_cut_words(pipe, prompts)
-        draw(pipe, encode(pipe, args, faces), args, todo, folder)
+    folder.prepare(rows)
     if args.save_aligned:
         save_aligned(faces, folder.path)
+    if todo:
+        pipe = load_pipeline(args, model)
+        draw(pipe, encode(pipe, args, faces), args, todo, folder)
     heads = _pictures(faces) if folder.columns == len(faces) else []
     print(f"Done: {', '.join(map(str, folder.finish(rows, heads)))}")
 
@@ -114,40 +122,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _range(text: str) -> tuple[int, int | None]:
-    first, colon, last = text.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, A: or :B")
-    return int(first or 0), int(last) if last else None
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Raises InputError for an empty prompt, or a file that is missing, empty or no text."""
-    if args.prompts_file is None:
-        if not all(prompt.strip() for prompt in args.prompt):
-            raise InputError("--prompt is empty: say what to draw.")
-        return args.prompt
     try:
-        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts-file {args.prompts_file} cannot be read as text: {error}.") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"--prompts-file {args.prompts_file} holds no prompt: write one a line.")
-    return prompts
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """What needs no file. Raises InputError that names the option."""
-    for name in ("num_images", "batch_size", "steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}.")
-    for name in ("height", "width"):
-        if getattr(args, name) is not None and (getattr(args, name) < 8 or getattr(args, name) % 8):
-            raise InputError(f"--{name} {getattr(args, name)} is not a multiple of 8.")
-    if args.id_weights is not None and args.id_mode == "grid":
-        raise InputError("--id-weights interpolates people and goes with --id-mode mix.")
-    if args.id_weights is not None and len(args.id_weights) != len(args.id_image):
-        raise InputError(f"{len(args.id_weights)} --id-weights for {len(args.id_image)} photos: give one for each.")
+        first, last = text.split(":")
+        return int(first or 0), int(last) if last else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, A: or :B") from None
 
 
 def find_faces(args: argparse.Namespace) -> list["ExtractedFace"]:
@@ -160,42 +139,31 @@ def find_faces(args: argparse.Namespace) -> list["ExtractedFace"]:
     backend = get_backend(args.faces, download=args.download_faces)
     faces = []
     for path, photo in zip(args.id_image, photos, strict=True):
-        try:
+        with _naming(Path(path).name):
             face = extract_face(photo, backend, face_index=args.face_index)
-        except InputError as error:
-            raise type(error)(f"{Path(path).name}: {error}") from None
         box = ", ".join(f"{x:.0f}" for x in face.face.box)
-        print(f"{Path(path).name}: a face at ({box}), 1 of {face.count}, by {backend.name}.")
+        print(f"{Path(path).name}: face {args.face_index or 0} of {face.count}, at ({box}), by {backend.name}.")
         faces.append(face)
     return faces
 
 
 def plan(
-    args: argparse.Namespace, prompts: list[str], faces: list["ExtractedFace"]
+    args: argparse.Namespace, model: Path, prompts: list[str], faces: list["ExtractedFace"]
 ) -> tuple["OutputFolder", list["Row"]]:
-    """Check models and options against each other, without weights; the folder and the rows of images to be."""
-    from infinite_id_jax.diffusion.samplers import trajectory
+    """The folder and the rows of images to be."""
     from infinite_id_jax.files import fingerprint
     from infinite_id_jax.output_folder import OutputFolder, Row
-    from infinite_id_jax.weights.adapter import read_adapter_config
-    from infinite_id_jax.weights.folder import read_settings, resolve
 
-    args.model = resolve(args.model)
-    base = read_settings(args.model)
-    adapter = read_adapter_config(Path(args.adapter))
-    adapter.check_fits(base.unet.cross_attention_dim)
-    adapter.check_recogniser("in use", len(faces[0].embedding))
-    trajectory(args.scheduler, base.schedule, args.steps)
     settings = {
         **method_options(args),
         "dtype": _dtype(args),
+        "id_mode": args.id_mode,
         "id_weights": args.id_weights,
-        "model": fingerprint(args.model),
+        "model": fingerprint(model),
         "adapter": fingerprint(Path(args.adapter)),
+        "image_encoder": fingerprint(image_encoder_folder(args, model)),
         "faces": [_digest(face) for face in faces],
     }
-    if args.image_encoder is not None:
-        settings["image_encoder"] = fingerprint(Path(args.image_encoder))
     columns = len(faces) if args.id_mode == "grid" else 1
     rows = [Row(prompt, i, args.seed + n) for i, prompt in enumerate(prompts) for n in range(args.num_images)]
     return OutputFolder(Path(args.output_dir), settings, columns), rows
@@ -219,12 +187,12 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
     return variant | {name: getattr(args, name) for name in numbers} | {"negative_prompt": args.negative_prompt}
 
 
-def load_pipeline(args: argparse.Namespace) -> "InfiniteIDPipeline":
+def load_pipeline(args: argparse.Namespace, model: Path) -> "InfiniteIDPipeline":
     from infinite_id_jax import InfiniteIDPipeline
 
-    print(f"Loading {args.model.name} and the adapter {Path(args.adapter).name} ...")
+    print(f"Loading {args.model} and the adapter {args.adapter} ...")
     return InfiniteIDPipeline.from_pretrained(
-        args.model, args.adapter, dtype=_dtype(args), mesh=args.mesh, image_encoder=args.image_encoder
+        model, args.adapter, dtype=_dtype(args), mesh=args.mesh, image_encoder=args.image_encoder
     )
 
 
@@ -234,14 +202,6 @@ def _dtype(args: argparse.Namespace) -> str:
     import jax
 
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def report_cut_words(pipe: "InfiniteIDPipeline", prompts: Sequence[str]) -> None:
-    """CLIP reads 77 tokens; say which words of a longer prompt it does not see."""
-    for prompt in prompts:
-        cut = pipe.cut_words(prompt)
-        if cut:
-            print(f'warning: the prompt "{prompt[:40]}..." is too long; these words are cut: {cut}', file=sys.stderr)
 
 
 def encode(pipe: "InfiniteIDPipeline", args: argparse.Namespace, faces: list["ExtractedFace"]) -> list["Identity"]:
@@ -266,25 +226,27 @@ def draw(
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     with tqdm(total=len(batches) * args.steps, unit="step", desc="Drawing") as bar:
         for number, batch in enumerate(batches):
+
+            def show(step: int, before: int = number * args.steps) -> None:
+                bar.update(before + step - bar.n)
+
             padded = batch + batch[-1:] * (size - len(batch))
-            out = pipe(
-                [row.prompt for row in padded],
-                identities,
-                seed=[row.seed for row in padded],
-                progress=lambda step, done=number * args.steps: bar.update(done + step - bar.n),
-                **method_options(args),
-            )
+            prompts, seeds = [row.prompt for row in padded], [row.seed for row in padded]
+            images = list(pipe(prompts, identities, seed=seeds, progress=show, **method_options(args)).images or ())
             for p, row in enumerate(batch):
-                folder.save(row, out.images[p * len(identities) : (p + 1) * len(identities)])
+                folder.save(row, images[p * len(identities) : (p + 1) * len(identities)])
 
 
 def save_aligned(faces: list["ExtractedFace"], folder: Path) -> None:
     """The crops that the two encoders saw."""
     from PIL import Image
 
+    from infinite_id_jax.files import replacing
+
     for i, face in enumerate(faces):
-        Image.fromarray(face.clip_crop).save(folder / f"aligned{i}-clip.png")
-        Image.fromarray(face.recogniser_crop).save(folder / f"aligned{i}-recogniser.png")
+        for name, crop in (("clip", face.clip_crop), ("recogniser", face.recogniser_crop)):
+            with replacing(folder / f"aligned{i}-{name}.png") as beside:
+                Image.fromarray(crop).save(beside, format="png")
 
 
 def _pictures(faces: list["ExtractedFace"]) -> list[Any]:
@@ -299,6 +261,20 @@ def _digest(face: "ExtractedFace") -> str:
 
 
 @contextlib.contextmanager
+def _naming(photo: str) -> Iterator[None]:
+    """Put the photo's name before what is said of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            yield
+        except NoFaceError as error:
+            raise NoFaceError(f"{photo}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{photo}: {error}") from None
+    for warning in caught:
+        print(f"warning: {photo}: {warning.message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
 def _messages_as_lines() -> Iterator[None]:
     """Warnings and log messages as one line each, for a person to read."""
     logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
@@ -309,4 +285,6 @@ def _messages_as_lines() -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     sys.exit(main())

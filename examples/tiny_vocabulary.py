@@ -1,11 +1,12 @@
 """A small CLIP vocabulary for models of a few megabytes: CLIP's layout of ids, merges for common prompt words.
 
 As in CLIP, ids 0..255 are the bytes ("!" is 0), 256..511 the bytes at the end of a word, then one id per merge,
-then the two specials. Text in any language encodes; words of `WORDS` become few tokens, others fall into letters.
+then the two specials. Text in any language encodes; words of `WORD_LIST` become few tokens, others fall into letters.
 """
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ MERGES = 510
 VOCABULARY_SIZE = 2 * 256 + MERGES + 2  # the text encoder's `vocab_size`; the last id is EOS
 
 # The most frequent first: a word counts for the learned merges as often as its place in the list is early.
-WORDS = """
+WORD_LIST = """
 a of the in with and on an at to by from for portrait person photo man woman face wearing as his her is old young
 smiling looking painting style picture image standing sitting holding walking front light background camera
 white black red blue green yellow pink purple orange brown grey gold silver dark bright soft warm cold
@@ -29,7 +30,7 @@ dog cat horse bird flower tree car bicycle guitar book cup coffee ball umbrella 
 close up full body half profile view wide angle upper shot beautiful handsome elegant ancient modern futuristic
 reading playing riding running dancing singing cooking writing drinking eating sleeping flying
 low bad blurry ugly deformed watermark text cropped worst
-""".split()
+"""
 
 
 def byte_symbols() -> dict[int, str]:
@@ -39,7 +40,7 @@ def byte_symbols() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def learn_merges(words: list[str], count: int) -> list[tuple[str, str]]:
+def learn_merges(words: Sequence[str], count: int) -> list[tuple[str, str]]:
     """Byte-pair encoding (Sennrich et al. 2016, algorithm 1); ties go to the alphabetically first pair."""
     spellings = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     weights = {word: len(words) - place for place, word in enumerate(words)}
@@ -71,7 +72,7 @@ def write_tokenizer(folder: str | Path, pad_token: str = EOS) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     symbols = list(byte_symbols().values())
-    merges = learn_merges(WORDS, MERGES)
+    merges = learn_merges(WORD_LIST.split(), MERGES)
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")

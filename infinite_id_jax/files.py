@@ -1,10 +1,10 @@
-"""Files that are whole or not there: written beside, then renamed; and their fingerprints."""
+"""Files that are whole or not there: written beside, then renamed; and the fingerprints of folders."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +26,35 @@ def replacing(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise InputError(f"{path} cannot be written ({reason}): free some space or choose another place.") from None
     finally:
-        beside.unlink(missing_ok=True)
+        # Where the folder itself is unusable there is nothing to remove, and the error above says so.
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def save_json(content: dict[str, Any], path: Path) -> None:
+    """Write readable JSON in UTF-8."""
     with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """Digest of a whole file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> str:
     """Tells models apart without reading all of them: 16 hex digits over names, sizes and 16 MiB of each file.
 
-    The parts are spread evenly; files of 16 MiB or less count whole.
+    The parts are spread evenly; files of 16 MiB or less count whole. Looks into the folder and its subfolders, which
+    may be links. Raises InputError for a file that may not be read.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if path.suffix not in (".safetensors", ".msgpack", ".json", ".txt") or not path.is_file():
             continue
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size};".encode())
-        with path.open("rb") as file:
-            for part in range(16):
-                file.seek(part * size // 16)
-                digest.update(file.read(2**20))
+        try:
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)}:{size};".encode())
+            with path.open("rb") as file:
+                for part in range(16):
+                    file.seek(part * size // 16)
+                    digest.update(file.read(2**20))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): allow it, or fetch the file again.") from None
     return digest.hexdigest()[:16]

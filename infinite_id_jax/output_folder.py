@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from PIL import Image
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import save_json
-from infinite_id_jax.images import labelled_grid, read_metadata, save_png, watermark
+from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_png, thumbnail, watermark
 
 _ROWS_PER_GRID = 40
+_IMAGES, _GRIDS, _MANIFEST = "prompt*-seed*-id*.png", "grid*.png", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -37,49 +39,49 @@ class OutputFolder:
     def __init__(self, path: Path, settings: dict[str, Any], columns: int):
         self.path, self.settings, self.columns = path, settings, columns
 
-    def check_writable(self) -> None:
-        """Make the folder. Raises InputError if nothing can be written there."""
+    def missing(self, rows: Sequence[Row], *, overwrite: bool) -> list[Row]:
+        """The rows of which an image is absent, or damaged by a crash; changes nothing.
+
+        Raises InputError for a folder that cannot be written, and for images of another run unless they may be
+        overwritten.
+        """
+        self._check_place()
+        others = self._of_other_runs(rows)
+        if others and not overwrite:
+            raise InputError(
+                f"{others[0]} is of another run (other prompt, settings, model or photo): choose another --output-dir, "
+                "or replace its images with --overwrite."
+            )
+        return [row for row in rows if not all(self._is_done(row, column) for column in range(self.columns))]
+
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Make the folder, and take out what is not of these rows' run and what stands for a finished one.
+
+        Raises InputError if nothing can be written there.
+        """
+        names = {row.file(column) for row in rows for column in range(self.columns)} | {_MANIFEST}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(
-                f"The output folder {self.path} cannot be written ({error.strerror}): choose another with --output-dir."
-            ) from None
-
-    def is_done(self, row: Row, *, overwrite: bool) -> bool:
-        """Whether all images of a row are there and whole.
-
-        Raises InputError for an image of another request, unless it may be overwritten.
-        """
-        done = True
-        for column in range(self.columns):
-            path = self.path / row.file(column)
-            if not path.exists():
-                done = False
-                continue
+            probe = self.path / f".writable-{os.getpid()}"
             try:
-                request = read_metadata(path).get("request")
-            except InputError:  # cut off by a crash of the machine: draw it again
-                done = False
-                continue
-            if request != self._request(row, column):
-                if not overwrite:
-                    raise InputError(
-                        f"{path} is of another run (other settings, model or photo): choose another --output-dir, "
-                        "or replace its images with --overwrite."
-                    )
-                done = False
-        return done
+                probe.write_bytes(bytes(2**16))  # an empty file would fit on a full disk
+            finally:
+                probe.unlink(missing_ok=True)
+            for stale in [*self._of_other_runs(rows), *self.path.glob(_GRIDS), self.path / _MANIFEST]:
+                stale.unlink(missing_ok=True)
+            for left in self.path.glob(".*.partial"):  # by a run that was killed
+                if left.name[1:].rsplit(".", 2)[0] in names:
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error.strerror) from None
 
     def save(self, row: Row, images: Sequence[Image.Image]) -> None:
+        """Write a row's images, one for each column. Raises InputError if the disk refuses."""
         for column, image in enumerate(images):
             metadata = {
                 "prompt": row.prompt,
                 "seed": str(row.seed),
-                "settings": self.settings,
+                "settings": _canonical(self.settings),
                 "request": self._request(row, column),
                 "Software": "infinite_id_jax",
             }
@@ -90,7 +92,7 @@ class OutputFolder:
         grids = []
         for start in range(0, len(rows), _ROWS_PER_GRID):
             part = rows[start : start + _ROWS_PER_GRID]
-            cells = [[Image.open(self.path / row.file(column)) for column in range(self.columns)] for row in part]
+            cells = [[thumbnail(self.path / row.file(column)) for column in range(self.columns)] for row in part]
             labels = [f"{row.prompt}\nseed {row.seed}" for row in part]
             grids.append(self.path / ("grid.png" if start == 0 else f"grid-{start // _ROWS_PER_GRID + 1}.png"))
             save_png(labelled_grid(cells, labels, heads), grids[-1], {"Software": "infinite_id_jax"})
@@ -105,9 +107,58 @@ class OutputFolder:
             "images": images,
             "grids": [grid.name for grid in grids],
         }
-        save_json(manifest, self.path / "manifest.json")
+        save_json(manifest, self.path / _MANIFEST)
         return grids
 
+    def _check_place(self) -> None:
+        """As far as it can be told without writing."""
+        nearest = next(place for place in (self.path, *self.path.absolute().parents) if os.path.exists(place))
+        if not nearest.is_dir():
+            raise _unwritable(self.path, f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise _unwritable(self.path, f"{nearest} is read-only")
+        try:
+            self.path.stat()
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a name that is too long, a loop of links
+            raise _unwritable(self.path, error.strerror) from None
+
+    def _is_done(self, row: Row, column: int) -> bool:
+        path = self.path / row.file(column)
+        found = _read(path)
+        return found is not None and found.get("request") == self._request(row, column) and is_whole(path)
+
+    def _of_other_runs(self, rows: Sequence[Row]) -> list[Path]:
+        """Images in the folder that this run would replace or stand beside, and that are not of its request."""
+        requests = {row.file(column): self._request(row, column) for row in rows for column in range(self.columns)}
+        settings = _canonical(self.settings)
+        others = []
+        for path in sorted(self.path.glob(_IMAGES)):
+            found = _read(path)
+            if found is None:
+                continue
+            request = found.get("request")
+            if found.get("settings") != settings or requests.get(path.name, request) != request:
+                others.append(path)
+        return others
+
     def _request(self, row: Row, column: int) -> str:
-        content = json.dumps([self.settings, row.prompt, row.seed, column], sort_keys=True)
+        content = _canonical([self.settings, row.prompt, row.seed, column])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True)
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    """A picture's metadata; None if the picture is absent or damaged."""
+    try:
+        return read_metadata(path)
+    except InputError:
+        return None
+
+
+def _unwritable(path: Path, reason: str | None) -> InputError:
+    return InputError(f"The output folder {path} cannot be written ({reason}): choose another with --output-dir.")

@@ -106,6 +106,8 @@ class InfiniteIDPipeline:
         """
         if dtype not in DTYPES:
             raise InputError(f"Unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
+        if dtype == "float16" and jax.default_backend() == "cpu":
+            raise InputError("float16 does not run on a CPU: take float32 or bfloat16.")
         device_mesh = make_mesh(mesh)
         sharding = parameter_sharding(device_mesh)
         folder = resolve(base if isinstance(base, str) else Path(base))
@@ -241,11 +243,7 @@ class InfiniteIDPipeline:
             trajectory=trajectory(scheduler, self.settings.schedule, steps),
         )
         text = None if streams.text is None else np.asarray(streams.text)
-        if people:
-            final = np.asarray(streams.identity)
-        else:
-            assert text is not None  # a shared text stream needs identities
-            final = text
+        final = np.asarray(streams.identity if people else streams.text)
         return Output(self._images(final, output), final, text)
 
     def _report(self, step: Any) -> None:
@@ -343,8 +341,8 @@ class InfiniteIDPipeline:
         return jax.tree.map(lambda *halves: jnp.stack(halves), uncond, cond)
 
     def _encode_text(self, texts: list[str]) -> TextCondition:
-        first, second = (tokenizer(texts) for tokenizer in self._tokenizers)
-        return TextCondition(*conditioning.encode_text(*self._text_encoders, first, second))
+        (first, second), (ids, ids_2) = self._text_encoders, (tokenizer(texts) for tokenizer in self._tokenizers)
+        return TextCondition(*conditioning.encode_text(first, second, ids, ids_2))
 
     def _images(self, latents: np.ndarray, output: str) -> list[PILImage.Image] | np.ndarray | None:
         if output == "latent":

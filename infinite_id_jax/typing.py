@@ -7,6 +7,7 @@ Images and latents are NHWC inside; layouts change only at import and export.
 
 from collections.abc import Callable
 
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt, UInt8
 
@@ -16,7 +17,7 @@ Tokens = Float[Array, "B L C"]
 Latents = Float[Array, "B h w c"]
 Image = Float[Array, "B H W 3"]  # in [-1, 1]
 Photo = UInt8[object, "H W 3"]  # RGB, as decoded from a file
-Scalar = Float[Array, ""] | float
+Scalar = Float[Array, ""] | float | np.floating
 
 Attend = Callable[[Array, Array, Array], Array]
 """`attend(q, k, v)` over [B, L, N, D]: the one seam of the frozen base's self-attention."""

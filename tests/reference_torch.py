@@ -25,6 +25,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from examples.tiny_vocabulary import EOS, write_tokenizer
+
 TEXT_WIDTHS = (24, 40)  # unequal, so that a swap of the two text encoders shows
 CROSS_ATTENTION_DIM = sum(TEXT_WIDTHS)
 POOLED_DIM = 32
@@ -129,14 +131,11 @@ def tiny_vision(seed: int = 0) -> CLIPVisionModelWithProjection:
 
 def save_tiny_sdxl(folder: Path | str, seed: int = 0) -> Path:
     """Write a whole model folder in diffusers' layout, readable by StableDiffusionXLPipeline."""
-    from examples.tiny_vocabulary import write_tokenizer
-
     folder = Path(folder)
-    eos_token = "<|endoftext|>"
-    write_tokenizer(folder / "tokenizer", pad_token=eos_token)
+    write_tokenizer(folder / "tokenizer", pad_token=EOS)
     write_tokenizer(folder / "tokenizer_2", pad_token="!")
     vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    first, second = tiny_text_encoders(seed + 2, len(vocabulary), vocabulary[eos_token])
+    first, second = tiny_text_encoders(seed + 2, len(vocabulary), vocabulary[EOS])
     models = {
         "unet": tiny_sdxl_unet(seed),
         "vae": tiny_vae(seed + 1),
@@ -372,9 +371,7 @@ def self_attention_layers(unet: UNet2DConditionModel) -> list[str]:
     return sorted(names, key=lambda name: stages.index(name.split(".")[0]))
 
 
-def call_unet(
-    unet: UNet2DConditionModel, processors: dict[str, Any], x: Tensor, t: Tensor, text: Text
-) -> Tensor:
+def call_unet(unet: UNet2DConditionModel, processors: dict[str, Any], x: Tensor, t: Tensor, text: Text) -> Tensor:
     """One U-Net call with some processors replaced for its duration; SDXL's sizes are x's own, uncropped."""
     height, width = 8 * x.shape[-2], 8 * x.shape[-1]
     time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype).expand(len(x), -1)

@@ -112,6 +112,16 @@ def test_an_adapter_round_trip_is_bit_exact(pipe, tiny, tmp_path):
     assert InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path / "copy").adapter.config == pipe.adapter.config
 
 
+def test_half_precision_draws_nearly_the_same(pipe, people, tiny):
+    half = InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, dtype="bfloat16")
+    same = [half.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
+    ours, full = (
+        p("a man", who, style_merge="adain_mean", **FAST).latents for p, who in ((half, same), (pipe, people))
+    )
+    # Measured: 0.027 of the largest latent; bfloat16 keeps 8 bits.
+    assert np.abs(ours - full).max() <= 0.08 * np.abs(full).max()
+
+
 def test_several_face_tokens(tiny, tmp_path):
     folder = write_adapter(tmp_path / "four", clip_dim=32, face_dim=16, face_tokens=4)
     person = InfiniteIDPipeline.from_pretrained(tiny.model, folder).encode_identity(FaceFeatures(**tiny.features(1)))
@@ -171,6 +181,8 @@ def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):
         InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path / "none")
     with pytest.raises(InputError, match="float8"):
         InfiniteIDPipeline.from_pretrained(tiny.model, dtype="float8")
+    with pytest.raises(InputError, match="float16 does not run on a CPU"):
+        InfiniteIDPipeline.from_pretrained(tiny.model, dtype="float16")
     bare = InfiniteIDPipeline.from_pretrained(tiny.model)
     with pytest.raises(InputError, match="need an adapter"):
         bare.encode_identity(FaceFeatures(**features))

@@ -45,14 +45,15 @@ class IdentityCrossAttention(nnx.Module):
     def __call__(self, x: Tokens, context: IdentityContext) -> Tokens:
         """x [B, L, C] -> [B, L, C]; rows as `context.layout` divides them."""
         base, heads, layout = self.base, self.base.heads, context.layout
-        q, k, v = (
-            split_heads(project(source), heads)
-            for project, source in ((base.to_q, x), (base.to_k, context.text), (base.to_v, context.text))
+        text = context.text.astype(x.dtype)
+        q_text, q_id = layout.split(split_heads(base.to_q(x), heads))
+        k_text, k_t = layout.split(split_heads(base.to_k(text), heads))
+        v_text, v_t = layout.split(split_heads(base.to_v(text), heads))
+        # Adapters may be kept in fp32 over a half-precision base.
+        k_id, v_id = (
+            rearrange(project(context.identity).astype(x.dtype), "G T R K (N D) -> G T R K N D", N=heads)
+            for project in (self.projection.to_k_ip, self.projection.to_v_ip)
         )
-        q_text, q_id = layout.split(q)
-        k_text, k_t = layout.split(k)
-        v_text, v_t = layout.split(v)
-        k_id, v_id = (_split_identity(p(context.identity), heads) for p in self._projections())
         identity = merged_cross_attention(
             q_id,
             jnp.broadcast_to(k_id, (*q_id.shape[:3], *k_id.shape[3:])),
@@ -62,11 +63,7 @@ class IdentityCrossAttention(nnx.Module):
             context.text_scale,
             context.style_merge,
         )
-        text = _attend(q_text, k_text, v_text)
-        return base.to_out(merge_heads(layout.join(text, identity)))
-
-    def _projections(self) -> tuple[nnx.Linear, nnx.Linear]:
-        return self.projection.to_k_ip, self.projection.to_v_ip
+        return base.to_out(merge_heads(layout.join(_attend(q_text, k_text, v_text), identity)))
 
 
 def merged_cross_attention(
@@ -93,7 +90,3 @@ def _attend(q: Array, k: Array, v: Array) -> Array:
     """Attention over [..., L, N, D] with any leading axes."""
     rows = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     return dot_product_attention(*rows).reshape(q.shape)
-
-
-def _split_identity(x: Float[Array, "G T R K C"], heads: int) -> Float[Array, "G T R K N D"]:
-    return rearrange(x, "G T R K (N D) -> G T R K N D", N=heads)

@@ -72,7 +72,8 @@ class BasicTransformerBlock(nnx.Module):
         self.norm1 = _layer_norm(dim, rngs)
         self.attn1 = Attention(dim, dim, heads, dim // heads, rngs=rngs)
         self.norm2 = _layer_norm(dim, rngs)
-        self.attn2 = Attention(dim, cross_attention_dim, heads, dim // heads, rngs=rngs)
+        # Called as attn2(x, context) and nothing else, so that a wrapper may take its place.
+        self.attn2: Any = Attention(dim, cross_attention_dim, heads, dim // heads, rngs=rngs)
         self.norm3 = _layer_norm(dim, rngs)
         self.ff = FeedForward(dim, rngs=rngs)
 

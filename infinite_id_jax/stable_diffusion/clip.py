@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig, CLIPVisionConfig
-from infinite_id_jax.typing import Array, Tokens
+from infinite_id_jax.typing import Array, Float, Int, Tokens
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
@@ -45,6 +46,11 @@ def activation(name: str) -> Callable[[Array], Array]:
 def layer_norm(config: CLIPConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over channels; the variance in two passes, as E[x^2] - E[x]^2 cancels on CLIP's large channels."""
     return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+
+
+def look_up(table: nnx.Embed, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
+    """Rows of an embedding in the parameter's own dtype: `nnx.Embed` itself answers in the dtype it was built with."""
+    return jnp.take(table.embedding[...], ids, axis=0)
 
 
 class Attention(nnx.Module):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.stable_diffusion.clip import Encoder, layer_norm
+from infinite_id_jax.stable_diffusion.clip import Encoder, layer_norm, look_up
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig
 from infinite_id_jax.typing import Array, Float, Int, Tokens
 
@@ -35,7 +35,7 @@ class TextEmbeddings(nnx.Module):
                 f"The prompt has {length} tokens, the text encoder positions for {positions}: "
                 "take the tokenizer of the same model folder."
             )
-        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))[None]
+        return look_up(self.token_embedding, input_ids) + look_up(self.position_embedding, jnp.arange(length))[None]
 
 
 class CLIPTextModel(nnx.Module):
@@ -50,9 +50,7 @@ class CLIPTextModel(nnx.Module):
         self.encoder = Encoder(config, rngs=rngs)
         self.final_layer_norm = layer_norm(config, rngs)
         if config.with_projection:
-            self.text_projection = nnx.Linear(
-                config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
-            )
+            self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "B L"]) -> TextOutput:
         """Encode token ids [B, L], L up to `max_position_embeddings`, each row with an EOS."""

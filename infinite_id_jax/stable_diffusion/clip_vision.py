@@ -51,7 +51,7 @@ class VisionEmbeddings(nnx.Module):
         patches = einops.rearrange(patches, "B h w C -> B (h w) C")
         class_token = einops.repeat(self.class_embedding[...], "C -> B 1 C", B=patches.shape[0])
         tokens = jnp.concatenate([class_token, patches], axis=1)  # [B, 1 + h w, C]
-        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
+        return tokens + self.position_embedding.embedding[...][None]
 
 
 class CLIPVisionModel(nnx.Module):

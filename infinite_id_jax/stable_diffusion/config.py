@@ -135,10 +135,16 @@ class UNetConfig(_Config):
                     raise InputError(
                         f"UNetConfig: {key} has {block_type}, which is not supported: use SDXL, SD 2 or SD 1.5."
                     )
-        for key in ("down_block_types", "up_block_types", "heads", "transformer_layers"):
-            if len(getattr(self, key)) != len(self.block_out_channels):
+        per_level = {
+            "down_block_types": self.down_block_types,
+            "up_block_types": self.up_block_types,
+            "attention_head_dim": self.heads,
+            "transformer_layers_per_block": self.transformer_layers,
+        }
+        for key, values in per_level.items():
+            if len(values) != len(self.block_out_channels):
                 raise InputError(
-                    f"UNetConfig: {key} names {len(getattr(self, key))} levels and block_out_channels "
+                    f"UNetConfig: {key} names {len(values)} levels and block_out_channels "
                     f"{len(self.block_out_channels)}: fetch unet/config.json again."
                 )
 

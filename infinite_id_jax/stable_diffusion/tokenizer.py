@@ -22,8 +22,8 @@ WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
     r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-WORD_CHARACTER = re.compile(r"[\w'’-]")  # for the user's eye: "don't" and "1080p" are one word
-WORD_BEGINNING = re.compile(r"[\w'’-]*\Z")
+WORD_CHARACTER = re.compile(r"[\w'\u2019-]")  # for the user's eye: "don't" and "1080p" are one word
+WORD_BEGINNING = re.compile(r"[\w'\u2019-]*\Z")
 
 
 class CLIPTokenizer:
@@ -101,8 +101,8 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         return BPE.read_file(str(vocabulary), str(merges))
     if single.is_file():
         model = read_json(single)["model"]
-        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        return model["vocab"], pairs
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        return model["vocab"], [(left, right) for left, right in pairs]
     raise InputError(
         f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json: is it a model's tokenizer folder?"
     )
@@ -140,10 +140,13 @@ def _added_tokens(settings: dict[str, Any]) -> list[AddedToken]:
     decoder = settings.get("added_tokens_decoder", {})
     listed = [decoder[key] for key in sorted(decoder, key=int)]
     named = [settings[key] for key in ("bos_token", "eos_token", "pad_token")]
-    tokens: dict[str, AddedToken] = {}
-    for token in [*listed, *named]:
-        fields = {"content": token} if isinstance(token, str) else token
-        known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-        fields = {"special": True} | {key: fields[key] for key in known if key in fields}
-        tokens.setdefault(_content(token), AddedToken(**fields))
-    return list(tokens.values())
+    contents = {_content(token) for token in listed}
+    # Of two named tokens with one text the later one's flags hold, as in transformers: add both, in this order.
+    return [_added_token(token) for token in (*listed, *(t for t in named if _content(t) not in contents))]
+
+
+def _added_token(token: str | dict[str, Any]) -> AddedToken:
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    given: dict[str, Any] = {"content": token} if isinstance(token, str) else token
+    fields: dict[str, Any] = {"special": True} | {key: given[key] for key in known if key in given}
+    return AddedToken(**fields)

@@ -127,7 +127,7 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tens
 def _to_device(tensor: Tensor, entry: Entry, shape: tuple[int, ...], where: Sharding, dtype: np.dtype) -> jax.Array:
     parts: dict[Any, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index):
         seen = tuple((s.start, s.stop) for s in index)
         if seen not in parts:  # replicas ask for the same part
             in_file = tuple(index[axis] for axis in entry.axes)

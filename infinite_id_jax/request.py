@@ -1,0 +1,146 @@
+"""What was asked on the command line, checked in seconds, before anything slow is started."""
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infinite_id_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from infinite_id_jax.faces.extract import ExtractedFace
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Raises InputError for an empty prompt, or a file that is missing, empty or no text."""
+    if args.prompts_file is None:
+        prompts = args.prompt
+        if not all(prompt.strip() for prompt in prompts):
+            raise InputError("--prompt is empty: say what to draw.")
+    else:
+        prompts = _lines(Path(args.prompts_file))
+    for text in [*prompts, args.negative_prompt or ""]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # what a shell hands over when the bytes are not UTF-8
+            raise InputError(f"The prompt {text!r} is not valid Unicode: write it in UTF-8.") from None
+    return prompts
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--prompts-file {file} cannot be read ({error.strerror}): check the path.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--prompts-file {file} is not text in UTF-8: save it as UTF-8.") from None
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts-file {file} holds no prompt: write one a line.")
+    return prompts
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """What needs no file. Raises InputError that names the option."""
+    for name in ("num_images", "batch_size", "steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{_flag(name)} {getattr(args, name)} is too small: give 1 or more.")
+    for name in ("height", "width"):
+        pixels = getattr(args, name)
+        if pixels is not None and (pixels < 8 or pixels % 8):
+            raise InputError(f"{_flag(name)} {pixels} is not a multiple of 8: take {max(8, round(pixels / 8) * 8)}.")
+    for name in ("guidance_scale", "guidance_rescale", "id_scale", "text_scale"):
+        if not math.isfinite(getattr(args, name)):
+            raise InputError(f"{_flag(name)} {getattr(args, name)} is no finite number: give one, or leave it out.")
+    if not 0 <= args.guidance_rescale <= 1:
+        raise InputError(f"--guidance-rescale {args.guidance_rescale} is out of range: give 0 to 1.")
+    if args.seed < 0 or args.seed + args.num_images > 2**32:
+        last = f" to {args.seed + args.num_images - 1}" if args.num_images > 1 else ""
+        raise InputError(f"--seed {args.seed}{last} is out of range: seeds lie between 0 and {2**32 - 1}.")
+    if args.id_weights is not None:
+        _check_id_weights(args)
+
+
+def _check_id_weights(args: argparse.Namespace) -> None:
+    weights = args.id_weights
+    if args.id_mode == "grid":
+        raise InputError("--id-weights has no meaning in a grid: it interpolates people with --id-mode mix.")
+    if len(weights) != len(args.id_image):
+        raise InputError(f"--id-weights has {len(weights)} numbers for {len(args.id_image)} photos: give one for each.")
+    if not math.isclose(sum(weights), 1.0, abs_tol=1e-4):
+        raise InputError(f"--id-weights sum to {sum(weights):g}: make them sum to 1.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
+    """The model's folder, after checking it, the adapter, the faces and the devices against each other without weights.
+
+    Raises InputError for what does not fit, and for a weight file that is missing or cut short.
+    """
+    from infinite_id_jax.diffusion.samplers import trajectory
+    from infinite_id_jax.pipeline import DTYPES
+    from infinite_id_jax.sharding import make_mesh
+    from infinite_id_jax.weights.adapter import read_adapter_config
+    from infinite_id_jax.weights.folder import read_settings, resolve
+
+    if args.dtype not in ("auto", *DTYPES):
+        raise InputError(f"--dtype {args.dtype} is unknown: choose auto, {', '.join(DTYPES)}.")
+    make_mesh(args.mesh)
+    model, adapter_folder = resolve(args.model), Path(args.adapter)
+    base, adapter = read_settings(model), read_adapter_config(adapter_folder)
+    trajectory(args.scheduler, base.schedule, args.steps)
+    adapter.check_fits(base.unet.cross_attention_dim)
+    adapter.check_recogniser("in use", len(faces[0].embedding))
+    _check_image_encoder(image_encoder_folder(args, model), adapter.clip_dim)
+    _check_weights(args, model)
+    # A folder's own size stands for none, so that both say the same of an image.
+    args.height, args.width = (size or base.unet.sample_size * base.vae.downscale for size in (args.height, args.width))
+    return model
+
+
+def image_encoder_folder(args: argparse.Namespace, model: Path) -> Path:
+    """Where the CLIP image encoder is. Raises InputError if it is not there."""
+    folder = Path(args.image_encoder) if args.image_encoder is not None else model / "image_encoder"
+    if not folder.is_dir():
+        raise InputError(f"There is no CLIP image encoder at {folder}: name its folder with --image-encoder.")
+    return folder
+
+
+def _check_image_encoder(folder: Path, clip_dim: int) -> None:
+    from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig
+
+    width = CLIPVisionConfig.from_json(folder / "config.json").hidden_size
+    if width != clip_dim:
+        raise InputError(
+            f"The adapter was trained on a CLIP image encoder of width {clip_dim} and {folder} has {width}: "
+            "name the right one with --image-encoder (1664 is ViT-bigG/14, 1280 ViT-H/14)."
+        )
+
+
+def _check_weights(args: argparse.Namespace, model: Path) -> None:
+    """Open each file, which reads its header alone: a missing or cut shard is known before the first is loaded."""
+    from infinite_id_jax.weights.adapter import WEIGHTS
+    from infinite_id_jax.weights.load import find_weights, open_tensors
+
+    parts = [model / part for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    for source in (*map(find_weights, (*parts, image_encoder_folder(args, model))), Path(args.adapter) / WEIGHTS):
+        if source.suffix != ".msgpack":  # of which nothing can be read without reading all
+            with contextlib.ExitStack() as stack:
+                open_tensors(source, stack)
+
+
+def report_cut_words(model: Path, texts: Sequence[str]) -> None:
+    """CLIP reads 77 tokens; say which words of a longer text it does not see."""
+    from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
+
+    tokenizers = [CLIPTokenizer.from_folder(model / part) for part in ("tokenizer", "tokenizer_2")]
+    for text in dict.fromkeys(texts):
+        cut = max((tokenizer.cut_words(text) for tokenizer in tokenizers), key=len)
+        if cut:
+            print(f'warning: the prompt "{text[:40]}..." is too long; these words are cut: {cut}', file=sys.stderr)

@@ -1,0 +1,74 @@
+"""Who may import whom: the direction of the house, and no heavy package where a user waits for `--help`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GROUND = {"errors", "typing"}
+BASE = GROUND | {"stable_diffusion"}
+MODELS = BASE | {"identity", "diffusion"}
+ALLOWED = {
+    "errors": set(),
+    "typing": set(),
+    "files": GROUND,
+    "sharding": GROUND,
+    "stable_diffusion": GROUND,
+    "diffusion": GROUND,
+    "faces": GROUND,
+    "identity": BASE,
+    "weights": MODELS | {"files"},
+    "conditioning": BASE,
+    "sampling": MODELS,
+    "images": GROUND | {"files"},
+    "output_folder": GROUND | {"files", "images"},
+    "pipeline": MODELS | {"conditioning", "faces", "sampling", "sharding", "weights"},
+    "__init__": {"pipeline"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """First parts, below our package, of everything a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "infinite_id_jax":
+            names = [f"infinite_id_jax.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [node.module or ""]
+        found |= {name.split(".")[1] for name in names if name.startswith("infinite_id_jax.")}
+    return found
+
+
+def test_every_module_imports_downwards_only():
+    package = ROOT / "infinite_id_jax"
+    rooms = {}
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        rooms.setdefault(room, set()).update(imports(path) - {room})
+    assert rooms.keys() == ALLOWED.keys()
+    wrong = {room: found - ALLOWED[room] for room, found in rooms.items() if found - ALLOWED[room]}
+    assert not wrong
+    assert rooms["pipeline"]  # the walk does find imports
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted((ROOT / "infinite_id_jax").rglob("*.py")), ids=str)
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_help_and_faces_need_no_jax():
+    """A user waits for neither JAX nor OpenCV to read the options or to hear of a missing file."""
+    code = (
+        "import sys, sample, infinite_id_jax.faces.backends, infinite_id_jax.faces.extract\n"
+        "sample.parser().format_help()\n"
+        "print([name for name in ('jax', 'flax', 'torch', 'cv2', 'dlib', 'insightface') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
