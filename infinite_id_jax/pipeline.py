@@ -26,7 +26,7 @@ from infinite_id_jax.identity.inject import IdentityAdapter, inject
 from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_streams
 from infinite_id_jax.sharding import batch_sharding, make_mesh, parameter_sharding
-from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess
+from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess, resize_and_crop
 from infinite_id_jax.typing import Array, Float
 from infinite_id_jax.weights.adapter import load_adapter, read_adapter_config, save_adapter
 from infinite_id_jax.weights.folder import StableDiffusionXL, load_base, load_image_encoder, read_settings, resolve
@@ -257,7 +257,8 @@ class InfiniteIDPipeline:
         return self.adapter
 
     def _clip_hidden_states(self, crop: np.ndarray) -> Float[Array, "L C"]:
-        out = conditioning.encode_crops(nnx.split(self.image_encoder), preprocess(crop[None]))
+        fitted = resize_and_crop(PILImage.fromarray(crop), self.image_encoder.config.image_size)
+        out = conditioning.encode_crops(nnx.split(self.image_encoder), preprocess(fitted[None]))
         penultimate = self._require_adapter().config.clip_layer == "penultimate"
         return (out.penultimate if penultimate else out.last_hidden_state)[0]
 

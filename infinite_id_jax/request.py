@@ -13,6 +13,8 @@ from infinite_id_jax.errors import InputError
 if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
 
+MAX_SIDE = 8192  # far beyond SDXL's training; sizes that overflow XLA's counters end the process without a word
+
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """Raises InputError for an empty prompt, or a file that is missing, empty or no text."""
@@ -50,6 +52,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"{_flag(name)} {getattr(args, name)} is too small: give 1 or more.")
     for name in ("height", "width"):
         pixels = getattr(args, name)
+        if pixels is not None and pixels > MAX_SIDE:
+            raise InputError(f"{_flag(name)} {pixels} is more than {MAX_SIDE}: SDXL draws about 1024 pixels a side.")
         if pixels is not None and (pixels < 8 or pixels % 8):
             raise InputError(f"{_flag(name)} {pixels} is not a multiple of 8: take {max(8, round(pixels / 8) * 8)}.")
     for name in ("guidance_scale", "guidance_rescale", "id_scale", "text_scale"):

@@ -26,6 +26,7 @@ ALLOWED = {
     "images": GROUND | {"files"},
     "output_folder": GROUND | {"files", "images"},
     "pipeline": MODELS | {"conditioning", "faces", "sampling", "sharding", "weights"},
+    "request": MODELS | {"faces", "pipeline", "sharding", "weights"},
     "__init__": {"pipeline"},
 }
 
