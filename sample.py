@@ -5,10 +5,12 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
     from infinite_id_jax.output_folder import OutputFolder, Row
 
+INTERRUPTED = 130
 _SMALLER = "take a smaller --height and --width, a --batch-size of 1 or --dtype bfloat16."
 
 
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(args)
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if args.debug:
             traceback.print_exc()
@@ -224,6 +227,8 @@ def draw(
 
     size = min(args.batch_size, len(rows))
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    # XLA does not come back before a batch ends; in a thread of its own it lets this one hear Ctrl-C.
+    worker = ThreadPoolExecutor(1)
     with tqdm(total=len(batches) * args.steps, unit="step", desc="Drawing") as bar:
         for number, batch in enumerate(batches):
 
@@ -232,7 +237,8 @@ def draw(
 
             padded = batch + batch[-1:] * (size - len(batch))
             prompts, seeds = [row.prompt for row in padded], [row.seed for row in padded]
-            images = list(pipe(prompts, identities, seed=seeds, progress=show, **method_options(args)).images or ())
+            out = worker.submit(pipe, prompts, identities, seed=seeds, progress=show, **method_options(args)).result()
+            images = list(out.images or ())
             for p, row in enumerate(batch):
                 folder.save(row, images[p * len(identities) : (p + 1) * len(identities)])
 
@@ -287,4 +293,8 @@ def _messages_as_lines() -> Iterator[None]:
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(code)  # without waiting for the batch that was interrupted
+    sys.exit(code)

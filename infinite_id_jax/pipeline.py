@@ -232,16 +232,19 @@ class InfiniteIDPipeline:
             batch=batch_sharding(self.mesh),
             report=self._report if progress is not None else None,
         )
+        noise = self._noise(len(prompts), shape, seed, latents)
         streams = self._sample(
             program,
             self._unet[1],
-            noise=self._noise(len(prompts), shape, seed, latents),
+            noise=jnp.repeat(noise, len(people), axis=0) if shared else noise,
             text=self._encode_prompts(prompts, negative_prompt, halves),
             identity=self._identity_tokens(people, halves),
             time_ids=conditioning.time_ids(shape[0] * factor, shape[1] * factor),
             controls=Controls(*(np.float32(x) for x in (guidance_scale, guidance_rescale, id_scale, text_scale))),
             trajectory=trajectory(scheduler, self.settings.schedule, steps),
         )
+        if progress is not None:
+            jax.effects_barrier()  # a late report would move the next call's bar
         text = None if streams.text is None else np.asarray(streams.text)
         final = np.asarray(streams.identity if people else streams.text)
         return Output(self._images(final, output), final, text)

@@ -57,22 +57,21 @@ class Program:
 def sample_streams(
     program: Program,
     unet: nnx.State,
-    noise: Float[Array, "P h w c"],
+    noise: Float[Array, "T h w c"],
     text: TextCondition,
     identity: Float[Array, "G M K C"],
     time_ids: Float[Array, " 6"],
     controls: Controls,
     trajectory: samplers.Trajectory,
 ) -> Streams:
-    """Denoise P prompts with M identities each, all of them from the noise of their prompt.
+    """Denoise P prompts with M identities each, identity rows from the noise of their text row.
 
-    With an `own` text stream one text row serves M identity rows; with a `shared` one each identity row brings a
-    text row that looks at the same latents (METHOD row 7).
+    With an `own` text stream there are T = P text rows and each serves M identity rows; with a `shared` one each of
+    the T = P M identity rows brings a text row that looks at the same latents (METHOD row 7).
     """
-    layout, prompts, people = program.layout, noise.shape[0], identity.shape[1]
+    layout, prompts, people = program.layout, text.tokens.shape[1], identity.shape[1]
     shared = program.switches.text_stream == "shared" and people > 0
-    if shared:  # a text row per identity row: repeat prompts, cycle through identities
-        noise = jnp.repeat(noise, people, axis=0)
+    if shared:  # repeat prompts, cycle through identities
         text = jax.tree.map(lambda x: jnp.repeat(x, people, axis=1), text)
         identity = jnp.tile(identity, (1, prompts, 1, 1))[:, :, None]
     else:

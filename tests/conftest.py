@@ -20,11 +20,13 @@ install_import_hook("infinite_id_jax", "beartype.beartype")
 import jax
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tests import reference_torch
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)  # tests run side by side: threads that wait for each other made torch 20 times slower
 
 
 class Tiny(NamedTuple):

@@ -39,7 +39,7 @@ def test_images_come_in_prompt_major_order(pipe, people):
     for p, (prompt, seed) in enumerate((("a man", 1), ("a dog", 2))):
         for m, person in enumerate(people):
             alone = pipe(prompt, person, seed=seed, **FAST)
-            # The same image alone or in any batch. Measured: MEASURED_BATCH.
+            # The same image alone or in any batch. Measured: 1.8e-5, latents up to 12.
             np.testing.assert_allclose(both.latents[2 * p + m], alone.latents[0], atol=1e-4)
     differences = [np.abs(both.latents[0] - both.latents[i]).max() for i in (1, 2, 3)]
     assert min(differences) > 1e-2
@@ -70,8 +70,8 @@ def test_an_integer_seed_counts_up(pipe):
 
 def test_guidance_of_one_is_the_conditional_prediction(pipe, people):
     """It runs half the rows; a scale next to 1 in the full program gives the same picture."""
-    half = pipe("a man", people, guidance_scale=1.0, **FAST)
-    full = pipe("a man", people, guidance_scale=1.0 + 1e-6, **FAST)
+    half = pipe(["a man", "a dog"], people, guidance_scale=1.0, **FAST)
+    full = pipe(["a man", "a dog"], people, guidance_scale=1.0 + 1e-6, **FAST)
     np.testing.assert_allclose(half.latents, full.latents, atol=1e-3)
 
 
@@ -115,10 +115,8 @@ def test_an_adapter_round_trip_is_bit_exact(pipe, tiny, tmp_path):
 def test_half_precision_draws_nearly_the_same(pipe, people, tiny):
     half = InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, dtype="bfloat16")
     same = [half.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
-    ours, full = (
-        p("a man", who, style_merge="adain_mean", **FAST).latents for p, who in ((half, same), (pipe, people))
-    )
-    # Measured: 0.027 of the largest latent; bfloat16 keeps 8 bits.
+    ours, full = (p(["a man", "a dog"], who, **FAST).latents for p, who in ((half, same), (pipe, people)))
+    # Measured: 0.033 of the largest latent; bfloat16 keeps 8 bits.
     assert np.abs(ours - full).max() <= 0.08 * np.abs(full).max()
 
 

@@ -65,7 +65,8 @@ def key_map(module: nnx.Module) -> dict[Path, Entry]:
 
 
 def _leaves(module: nnx.Module) -> Iterator[tuple[Path, Any, str, nnx.Variable]]:
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
+    flat: Any = nnx.to_flat_state(nnx.state(module))  # the parts of its paths are typed as any comparable
+    for path, variable in flat:
         owner: Any = module
         for part in path[:-1]:
             owner = owner[part] if isinstance(part, int) else getattr(owner, part)
