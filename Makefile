@@ -1,5 +1,7 @@
 # `make demo` and `make test` work on a fresh machine: each makes .venv and installs what it needs.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first Python that runs and is of a version that all packages support.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check -q
 PY := $(VENV)/bin/python
@@ -18,6 +20,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/pyright
 
 $(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: install one, or name it with PYTHON=."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python

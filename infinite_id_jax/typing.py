@@ -16,7 +16,6 @@ KeyHeads = Float[Array, "B K N D"]  # keys or values
 Tokens = Float[Array, "B L C"]
 Latents = Float[Array, "B h w c"]
 Image = Float[Array, "B H W 3"]  # in [-1, 1]
-Photo = UInt8[object, "H W 3"]  # RGB, as decoded from a file
 Scalar = Float[Array, ""] | float | np.floating
 
 Attend = Callable[[Array, Array, Array], Array]
@@ -26,6 +25,6 @@ Denoise = Callable[[Array, Array, Array], Array]
 """`denoise(x_t, t, i)`: the guided prediction for latents [B, h, w, c] at timestep t, step i of the sampler."""
 
 __all__ = [
-    "Array", "Attend", "Bool", "Denoise", "Float", "Heads", "Image", "Int", "KeyHeads", "Latents", "Photo",
+    "Array", "Attend", "Bool", "Denoise", "Float", "Heads", "Image", "Int", "KeyHeads", "Latents",
     "Scalar", "Tokens", "UInt", "UInt8",
 ]  # fmt: skip
