@@ -322,7 +322,7 @@ class InfiniteIDPipeline:
             if np.shape(latents) != (count, *shape):
                 raise InputError(f"latents have shape {list(np.shape(latents))}; {[count, *shape]} is needed.")
             return jnp.array(latents, jnp.float32, copy=True)
-        seeds = [seed + row for row in range(count)] if isinstance(seed, int) else list(seed)
+        seeds = [seed + row for row in range(count)] if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} prompts: give one number, or one for each prompt.")
         if not all(0 <= s <= MAX_SEED for s in seeds):

@@ -1,5 +1,8 @@
 """What a user calls: order, seeds, batches, compilation, adapters and errors."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,6 +69,15 @@ def test_an_integer_seed_counts_up(pipe):
     b = pipe(["a man", "a man"], seed=[4, 5], **FAST)
     np.testing.assert_array_equal(a.latents, b.latents)
     assert np.abs(a.latents[0] - a.latents[1]).max() > 1e-2
+
+
+def test_a_second_text_encoder_projects_even_if_its_file_names_no_class(tiny, tmp_path, pipe):
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    path = model / "text_encoder_2" / "config.json"
+    config = json.loads(path.read_text())
+    del config["architectures"]
+    path.write_text(json.dumps(config))
+    assert InfiniteIDPipeline.from_pretrained(model).settings == pipe.settings
 
 
 def test_guidance_of_one_is_the_conditional_prediction(pipe, people):

@@ -1,5 +1,6 @@
 """A whole SDXL from a folder in diffusers' layout, or from the hub when a hub id is given."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,11 @@ def read_settings(folder: Path) -> Settings:
         vae=VAEConfig.from_json(folder / "vae" / "config.json"),
         text=(
             CLIPTextConfig.from_json(folder / "text_encoder" / "config.json"),
-            CLIPTextConfig.from_json(folder / "text_encoder_2" / "config.json"),
+            # SDXL's second encoder projects, even where its file does not name its class.
+            dataclasses.replace(
+                CLIPTextConfig.from_json(folder / "text_encoder_2" / "config.json"),
+                architectures=("CLIPTextModelWithProjection",),
+            ),
         ),
         schedule=schedule_config,
         zeros_for_no_negative=options.get("force_zeros_for_empty_prompt", True),
