@@ -27,6 +27,7 @@ from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_streams
 from infinite_id_jax.sharding import batch_sharding, make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess, resize_and_crop
+from infinite_id_jax.stable_diffusion.tokenizer import unseen_words
 from infinite_id_jax.typing import Array, Float
 from infinite_id_jax.weights.adapter import load_adapter, read_adapter_config, save_adapter
 from infinite_id_jax.weights.folder import StableDiffusionXL, load_base, load_image_encoder, read_settings, resolve
@@ -176,7 +177,7 @@ class InfiniteIDPipeline:
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that the text encoders do not see, "" if all of it fits."""
-        return max((tokenizer.cut_words(prompt) for tokenizer in self._tokenizers), key=len)
+        return unseen_words(self._tokenizers, prompt)
 
     def __call__(
         self,

@@ -141,10 +141,10 @@ def _check_weights(args: argparse.Namespace, model: Path) -> None:
 
 def report_cut_words(model: Path, texts: Sequence[str]) -> None:
     """CLIP reads 77 tokens; say which words of a longer text it does not see."""
-    from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
+    from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer, unseen_words
 
     tokenizers = [CLIPTokenizer.from_folder(model / part) for part in ("tokenizer", "tokenizer_2")]
     for text in dict.fromkeys(texts):
-        cut = max((tokenizer.cut_words(text) for tokenizer in tokenizers), key=len)
+        cut = unseen_words(tokenizers, text)
         if cut:
             print(f'warning: the prompt "{text[:40]}..." is too long; these words are cut: {cut}', file=sys.stderr)

@@ -11,13 +11,21 @@ from infinite_id_jax.identity import encoder
 from infinite_id_jax.identity.adain import adain, adain_mean
 from infinite_id_jax.identity.config import AdapterConfig, Switches
 from infinite_id_jax.identity.cross_attention import IdentityContext, IdentityCrossAttention, merged_cross_attention
-from infinite_id_jax.identity.inject import AdapterParam, IdentityAdapter, eject, inject, transformer_blocks
+from infinite_id_jax.identity.inject import (
+    AdapterParam,
+    IdentityAdapter,
+    eject,
+    initialise_from_base,
+    inject,
+    transformer_blocks,
+)
 from infinite_id_jax.identity.mixed_attention import mixed_attention
 from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.stable_diffusion.attention import dot_product_attention, merge_heads, split_heads
 from infinite_id_jax.stable_diffusion.config import UNetConfig
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
 from infinite_id_jax.weights.adapter import load_adapter
+from infinite_id_jax.weights.export import torch_state
 from infinite_id_jax.weights.load import abstract, load_module
 
 CLOSE = {"rtol": 0, "atol": 2e-6}  # measured: at most 6e-7, outputs of order 1
@@ -223,6 +231,20 @@ def test_projections_have_the_order_of_adapter_files(unet):
     assert len(blocks) == 70
     adapter = abstract(lambda rngs: IdentityAdapter(AdapterConfig(), sdxl, rngs=rngs))
     assert len(adapter.ip_adapter) == 70
+
+
+def test_projections_start_as_copies_of_the_frozen_ones(unet, tiny):
+    """METHOD row 23, in the files' order and not the order of execution."""
+    model = unet()
+    adapter = load_adapter(tiny.adapter, model)
+    initialise_from_base(adapter, model)
+    for block, projection in zip(transformer_blocks(model, "files"), adapter.ip_adapter, strict=True):
+        np.testing.assert_array_equal(projection.to_k_ip.kernel[...], block.attn2.to_k.kernel[...])
+        np.testing.assert_array_equal(projection.to_v_ip.kernel[...], block.attn2.to_v.kernel[...])
+    tensors = torch_state(adapter)
+    last = model.mid_block.attentions[0].transformer_blocks[-1].attn2  # the files' last, not the last to run
+    number = max(int(key.split(".")[1]) for key in tensors if key.startswith("ip_adapter."))
+    np.testing.assert_array_equal(tensors[f"ip_adapter.{number}.to_k_ip.weight"], last.to_k.kernel[...].T)
 
 
 def test_zero_features_stay_zero_in_the_face_mapper(unet, tiny):

@@ -80,6 +80,11 @@ def test_a_second_text_encoder_projects_even_if_its_file_names_no_class(tiny, tm
     assert InfiniteIDPipeline.from_pretrained(model).settings == pipe.settings
 
 
+def test_words_beyond_the_text_encoders_are_told(pipe):
+    assert pipe.cut_words("a man in the snow") == ""
+    assert pipe.cut_words("snow " * 300 + "lighthouse").endswith("lighthouse")
+
+
 def test_guidance_of_one_is_the_conditional_prediction(pipe, people):
     """It runs half the rows; a scale next to 1 in the full program gives the same picture."""
     half = pipe(["a man", "a dog"], people, guidance_scale=1.0, **FAST)

@@ -45,7 +45,7 @@ def _insightface(packs: tuple[str, ...], download: bool) -> FaceBackend:
         return ArcFace(packs[0], fetch_pack(packs[0]))
     raise InputError(
         f"No insightface pack ({' or '.join(packs)}) is in ~/.insightface/models or "
-        "$INSIGHTFACE_HOME/models: allow its download or use the face backend `offline`."
+        "$INSIGHTFACE_HOME/models: allow its download (--download-faces) or use the face backend `offline`."
     )
 
 

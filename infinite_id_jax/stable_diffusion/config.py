@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: is this a model folder in diffusers' layout?") from None
+        raise InputError(f"{path} is missing: check the path, or fetch the folder again whole.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): fetch the file again.") from None
     if not isinstance(content, dict):

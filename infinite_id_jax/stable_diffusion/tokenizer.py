@@ -150,3 +150,8 @@ def _added_token(token: str | dict[str, Any]) -> AddedToken:
     given: dict[str, Any] = {"content": token} if isinstance(token, str) else token
     fields: dict[str, Any] = {"special": True} | {key: given[key] for key in known if key in given}
     return AddedToken(**fields)
+
+
+def unseen_words(tokenizers: Sequence[CLIPTokenizer], text: str) -> str:
+    """The longest end of a text that one of a model's text encoders does not see, "" if all of it fits in each."""
+    return max((tokenizer.cut_words(text) for tokenizer in tokenizers), key=len)

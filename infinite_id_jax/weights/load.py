@@ -103,7 +103,7 @@ def fill(
     return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
 
 
-def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], name: str, hint: str = "") -> None:
+def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], name: str) -> None:
     """Raise one InputError that lists every missing, surplus and mis-shaped key."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -120,8 +120,9 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tens
         if keys
     ]
     if listed:
-        cure = hint or "Use weights that belong to this configuration."
-        raise InputError(f"{name} does not fit its model: {'; '.join(listed)}. {cure}")
+        raise InputError(
+            f"{name} does not fit its model: {'; '.join(listed)}. Use weights that belong to this configuration."
+        )
 
 
 def _to_device(tensor: Tensor, entry: Entry, shape: tuple[int, ...], where: Sharding, dtype: np.dtype) -> jax.Array:
