@@ -27,7 +27,7 @@ def time_ids(height: int, width: int) -> Float[np.ndarray, "6"]:
 
 
 def encode_text(
-    first: Split, second: Split, ids: Int[np.ndarray, "P L"], ids_2: Int[np.ndarray, "P L"]
+    first: Split, second: Split, ids: Int[Array | np.ndarray, "P L"], ids_2: Int[Array | np.ndarray, "P L"]
 ) -> tuple[Float[Array, "P L C"], Float[Array, "P D"]]:
     """SDXL's text condition: penultimate states of both encoders side by side, and the second one's pooled text."""
     return _encode_text(first[0], second[0], first[1], second[1], ids, ids_2)

@@ -7,6 +7,18 @@ class InputError(ValueError):
     exit_code = 2
 
 
+class PhotoError(InputError):
+    """A file that is no usable photograph; `reason` is one word for counting, such as `damaged` or `too_small`."""
+
+    def __init__(self, message: str, reason: str):
+        # Both are arguments of the exception, so that it survives a pickle between processes.
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class NoFaceError(InputError):
     """A photograph in which no face was found."""
 
@@ -18,3 +30,9 @@ class MissingExtraError(InputError, ImportError):
 
     def __init__(self, what: str, extra: str):
         super().__init__(f"{what} needs the extra `{extra}`: pip install 'infinite-id-jax[{extra}]'.")
+
+
+class DivergedError(InputError):
+    """The loss of a training run was not finite any more."""
+
+    exit_code = 4

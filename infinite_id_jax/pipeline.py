@@ -25,7 +25,7 @@ from infinite_id_jax.identity.config import Switches
 from infinite_id_jax.identity.inject import IdentityAdapter, inject
 from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_streams
-from infinite_id_jax.sharding import batch_sharding, make_mesh, parameter_sharding
+from infinite_id_jax.sharding import batch_sharding, gathered, make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess, resize_and_crop
 from infinite_id_jax.stable_diffusion.tokenizer import unseen_words
 from infinite_id_jax.typing import Array, Float
@@ -110,7 +110,7 @@ class InfiniteIDPipeline:
         if dtype == "float16" and jax.default_backend() == "cpu":
             raise InputError("float16 does not run on a CPU: take float32 or bfloat16.")
         device_mesh = make_mesh(mesh)
-        sharding = parameter_sharding(device_mesh)
+        sharding = None if device_mesh is None else parameter_sharding(device_mesh)
         folder = resolve(base if isinstance(base, str) else Path(base))
         if adapter is not None:  # before anything large is read
             read_adapter_config(Path(adapter)).check_fits(read_settings(folder).unet.cross_attention_dim)
@@ -230,7 +230,7 @@ class InfiniteIDPipeline:
             scheduler=scheduler,
             prediction_type=self.settings.schedule.prediction_type,
             layout=layout,
-            batch=batch_sharding(self.mesh),
+            batch=None if self.mesh is None else batch_sharding(self.mesh),
             report=self._report if progress is not None else None,
         )
         noise = self._noise(len(prompts), shape, seed, latents)
@@ -246,9 +246,9 @@ class InfiniteIDPipeline:
         )
         if progress is not None:
             jax.effects_barrier()  # a late report would move the next call's bar
-        text = None if streams.text is None else np.asarray(streams.text)
-        final = np.asarray(streams.identity if people else streams.text)
-        return Output(self._images(final, output), final, text)
+        streams = gathered(streams)
+        final = streams.identity if people else streams.text
+        return Output(self._images(final, output), final, streams.text)
 
     def _report(self, step: Any) -> None:
         """One callable for every call, so that a new progress bar compiles nothing."""

@@ -6,12 +6,16 @@ feed-forward widths within a layer.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from infinite_id_jax.errors import InputError
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -29,22 +33,42 @@ _RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
+@overload
+def make_mesh(spec: None) -> None: ...
+@overload
+def make_mesh(spec: str | Mapping[str, int] | Mesh) -> Mesh: ...
 def make_mesh(spec: str | Mapping[str, int] | Mesh | None) -> Mesh | None:
     """A mesh from "data=2,fsdp=2,tensor=1" or {"data": 2}; None stays None (one device).
 
-    Raises InputError for unknown axes or more devices than there are.
+    One axis may be -1: it takes all devices that the others leave. Raises InputError for unknown axes or more devices
+    than there are.
     """
     if spec is None or isinstance(spec, Mesh):
         return spec
     sizes = _parse(spec) if isinstance(spec, str) else dict(spec)
     unknown = sorted(sizes.keys() - set(AXES))
-    if unknown or any(size < 1 for size in sizes.values()):
-        raise InputError(f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1 with sizes of 1 or more.")
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if unknown or len(rest) > 1 or any(size < 1 for axis, size in sizes.items() if axis not in rest):
+        raise InputError(
+            f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1 with sizes of 1 or more (one may be -1)."
+        )
+    present = jax.device_count()
+    for axis in rest:
+        sizes[axis] = max(1, present // math.prod(size for size in sizes.values() if size > 0))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    needed, present = math.prod(shape), jax.device_count()
+    needed = math.prod(shape)
     if needed > present:
         raise InputError(f"The mesh {spec!r} needs {needed} devices and {present} are present: make it smaller.")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:needed])
+
+
+def abstract_mesh(spec: str) -> AbstractMesh:
+    """The mesh of machines that are not here, to count with; an axis of -1 counts as 1."""
+    sizes = {axis: max(1, size) for axis, size in _parse(spec).items()}
+    shape = tuple(sizes.pop(axis, 1) for axis in AXES)
+    if sizes:
+        raise InputError(f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1.")
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _parse(spec: str) -> dict[str, int]:
@@ -54,10 +78,8 @@ def _parse(spec: str) -> dict[str, int]:
         raise InputError(f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1.") from None
 
 
-def parameter_sharding(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedSharding] | None:
-    """(PyTorch key, shape of our array) -> where it lives, for the weight loader; None without a mesh."""
-    if mesh is None:
-        return None
+def parameter_sharding(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """(PyTorch key, shape of our array) -> where it lives, for the weight loader."""
 
     def rule(key: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next((spec for pattern, spec in _RULES if re.search(pattern, key)), PartitionSpec())
@@ -68,13 +90,44 @@ def parameter_sharding(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Na
     return rule
 
 
-def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Leave an axis whole where its size does not divide it."""
     return PartitionSpec(
         *(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(spec, shape, strict=False))
     )
 
 
-def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over `data` and `fsdp`."""
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def rows_of_process(sharding: NamedSharding, rows: int) -> list[int]:
+    """Which rows of a batch the devices of this process hold, in order."""
+    places: Any = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (place,) in places for row in range(rows)[place]})
+
+
+def to_devices(
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding, rows: int, held: Sequence[int]
+) -> dict[str, jax.Array]:
+    """Global arrays of `rows` rows from the rows `held` by this process. Copies in the background."""
+    position = {row: i for i, row in enumerate(held)}
+
+    def place(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:  # a slice for each axis
+            wanted = range(rows)[index[0]]
+            return array[position[wanted[0]] : position[wanted[-1]] + 1]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}
+
+
+def gathered(tree: T) -> T:
+    """The arrays of all processes' devices, whole and on the host of every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

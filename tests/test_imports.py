@@ -26,9 +26,16 @@ ALLOWED = {
     "images": GROUND | {"files"},
     "output_folder": GROUND | {"files", "images"},
     "pipeline": MODELS | {"conditioning", "faces", "sampling", "sharding", "weights"},
+    "training": MODELS | {"conditioning", "files", "sharding", "weights"},
+    "previews": MODELS | {"images", "pipeline", "weights"},
     "request": MODELS | {"faces", "pipeline", "sharding", "weights"},
     "__init__": {"pipeline"},
 }
+
+
+# The two other packages, of which ours knows nothing.
+DATA = BASE | {"conditioning", "faces", "files", "sharding", "weights"}
+CONFIGS = BASE | {"identity", "training"}
 
 
 def imports(path: Path) -> set[str]:
@@ -59,7 +66,27 @@ def test_every_module_imports_downwards_only():
     assert rooms["pipeline"]  # the walk does find imports
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted((ROOT / "infinite_id_jax").rglob("*.py")), ids=str)
+@pytest.mark.parametrize(("package", "allowed"), [("data_pipeline", DATA), ("configs", CONFIGS)])
+def test_the_other_packages_take_what_they_may(package, allowed):
+    found = set().union(*(imports(path) for path in (ROOT / package).glob("*.py")))
+    assert found
+    assert found <= allowed
+
+
+def test_nothing_below_knows_of_data_or_configurations():
+    for path in (ROOT / "infinite_id_jax").rglob("*.py"):
+        text = path.read_text()
+        assert "import data_pipeline" not in text
+        assert "from data_pipeline" not in text
+        assert "from configs" not in text
+
+
+SMALL = [ROOT / "infinite_id_jax", ROOT / "data_pipeline", ROOT / "configs"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.py")) + [file for folder in SMALL for file in sorted(folder.rglob("*.py"))], ids=str
+)
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 400
 
@@ -67,8 +94,9 @@ def test_files_stay_small(path):
 def test_help_and_faces_need_no_jax():
     """A user waits for neither JAX nor OpenCV to read the options or to hear of a missing file."""
     code = (
-        "import sys, sample, infinite_id_jax.faces.backends, infinite_id_jax.faces.extract\n"
-        "sample.parser().format_help()\n"
+        "import sys, sample, train, data_pipeline.__main__ as offline\n"
+        "import infinite_id_jax.faces.backends, infinite_id_jax.faces.extract\n"
+        "sample.parser().format_help(), train.parser().format_help(), offline.parser().format_help()\n"
         "print([name for name in ('jax', 'flax', 'torch', 'cv2', 'dlib', 'insightface') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -49,7 +49,6 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert rule("mid_block.x.to_q.weight", (12, 16)).spec == jax.sharding.PartitionSpec(None, "tensor")
     assert rule("mid_block.x.to_q.weight", (16, 16)).spec == jax.sharding.PartitionSpec("fsdp", "tensor")
     assert rule("conv_in.weight", (3, 3, 4, 32)).spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")
-    assert parameter_sharding(None) is None
 
 
 @pytest.mark.parametrize(
@@ -59,6 +58,7 @@ def test_an_axis_that_does_not_divide_stays_whole():
         ("batch=2", "not of the form"),
         ("data", "not of the form"),
         ("data=0", "not of the form"),
+        ("data=-1,fsdp=-1", "one may be -1"),
     ],
 )
 def test_meshes_that_cannot_be_made(spec, says):

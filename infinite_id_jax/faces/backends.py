@@ -7,11 +7,11 @@ from infinite_id_jax.faces.arcface import PACKS, ArcFace, fetch_pack, find_pack,
 from infinite_id_jax.faces.mtcnn_dlib import MTCNNDlib
 from infinite_id_jax.faces.protocol import FaceBackend
 
-NAMES = ("auto", "offline", "insightface", *(f"insightface/{pack}" for pack in PACKS))
+NAMES = ("auto", "offline", "insightface", *(f"insightface/{pack}" for pack in PACKS), "mtcnn_dlib")
 
 
 def get_backend(name: str = "auto", *, download: bool = False) -> FaceBackend:
-    """Loads a face backend: `offline`, `insightface`, `insightface/<pack>`, or `auto`.
+    """Loads a face backend: `offline` (or `mtcnn_dlib`, which it is), `insightface`, `insightface/<pack>`, or `auto`.
 
     `auto` is insightface where the package and a pack of it are installed, else `offline`; `insightface`
     is the first installed pack. `download` lets insightface fetch a missing pack (licensed for
@@ -22,7 +22,7 @@ def get_backend(name: str = "auto", *, download: bool = False) -> FaceBackend:
         raise InputError(f"There is no face backend `{name}`: choose one of {', '.join(NAMES)}.")
     if name == "auto":
         return _automatic(download)
-    if name == "offline":
+    if name in ("offline", "mtcnn_dlib"):
         return MTCNNDlib()
     return _insightface(PACKS if name == "insightface" else (name.removeprefix("insightface/"),), download)
 

@@ -1,5 +1,6 @@
 """Photographs from anywhere to upright 8-bit RGB, with one clear sentence for each file that is none."""
 
+import io
 import os
 import stat
 import warnings
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import PhotoError
 from infinite_id_jax.faces.protocol import Photo
 
 MIN_SIDE = 32
@@ -18,58 +19,65 @@ MAX_PIXELS = 100_000_000  # 300 MB of RGB; the largest camera sensors have about
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 
 
-def open_photo(source: str | os.PathLike | Image.Image | np.ndarray) -> Photo:
+def open_photo(source: str | os.PathLike | bytes | Image.Image | np.ndarray) -> Photo:
     """Reads a photograph as uint8 RGB [H, W, 3], turned upright as its EXIF says and laid over white.
 
-    `source` is a path, a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Gray, palette, CMYK
-    and 16-bit gray images are converted; of an animation the first frame is taken. Raises InputError, which
-    names the file but not its folder, for whatever is no photograph of 32 px a side to 100 megapixels; a
-    larger one is refused before it is decoded.
+    `source` is a path, a file's bytes, a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Gray,
+    palette, CMYK and 16-bit gray images are converted; of an animation the first frame is taken. Raises
+    PhotoError, which names the file but not its folder, for whatever is no photograph of 32 px a side to
+    100 megapixels; a larger one is refused before it is decoded.
     """
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, Image.Image):
         return _decode(source, "The image")
-    path = Path(source)
-    name = f"`{path.name}`"
-    _check_file(path, name)
+    if isinstance(source, bytes):
+        file, name = io.BytesIO(source), "The image"
+    else:
+        file = Path(source)
+        name = f"`{file.name}`"
+        check_file(file)
     try:
         # Pillow warns of sizes, which are checked below, and of odd metadata, which is no concern of ours.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise InputError(_too_large(name)) from error
+        raise PhotoError(_too_large(name), "too_large") from error
     except PermissionError as error:
-        raise InputError(f"{name} may not be read: allow it with chmod u+r.") from error
+        raise PhotoError(f"{name} may not be read: allow it with chmod u+r.", "unreadable") from error
     except Exception as error:  # a damaged header can fail in any way inside a decoder
-        raise InputError(
+        raise PhotoError(
             f"{name} is not an image that can be read (text, empty, damaged or an unknown format): "
-            "export the photo again as JPEG or PNG."
+            "export the photo again as JPEG or PNG.",
+            "not_an_image",
         ) from error
     with image:
         return _decode(image, name)
 
 
-def _check_file(path: Path, name: str) -> None:
+def check_file(path: Path) -> None:
+    """Raises PhotoError unless `path` leads to a regular file: opening a pipe, for one, would wait for ever."""
+    name = f"`{path.name}`"
     try:
         mode = path.stat().st_mode
     except PermissionError as error:
-        raise InputError(f"{name} lies in a folder that may not be read: allow it with chmod.") from error
+        raise PhotoError(f"{name} lies in a folder that may not be read: allow it with chmod.", "unreadable") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise InputError(f"{name} does not exist: check the path of the photo.") from error
+        raise PhotoError(f"{name} does not exist: check the path of the photo.", "missing") from error
     if stat.S_ISDIR(mode):
-        raise InputError(f"{name} is a folder: give one photo in it.")
+        raise PhotoError(f"{name} is a folder: give one photo in it.", "not_a_file")
     if not stat.S_ISREG(mode):
-        raise InputError(f"{name} is not a regular file: give a JPEG or PNG file.")
+        raise PhotoError(f"{name} is not a regular file: give a JPEG or PNG file.", "not_a_file")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     channels = array.shape[2:] if array.ndim == 3 else ()
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((), (3,), (4,)):
-        raise InputError(f"The image array is {array.dtype} {list(array.shape)}: give uint8 [height, width, 3] RGB.")
+        shape = f"{array.dtype} {list(array.shape)}"
+        raise PhotoError(f"The image array is {shape}: give uint8 [height, width, 3] RGB.", "unsupported")
     if array.size == 0:
-        raise InputError(_too_small("The image", array.shape[1], array.shape[0]))
+        raise PhotoError(_too_small("The image", array.shape[1], array.shape[0]), "too_small")
     return Image.fromarray(array)
 
 
@@ -77,18 +85,20 @@ def _decode(image: Image.Image, name: str) -> Photo:
     """Checks the size that the header states, then decodes, turns upright and converts to RGB."""
     width, height = image.size
     if min(width, height) < MIN_SIDE:
-        raise InputError(_too_small(name, width, height))
+        raise PhotoError(_too_small(name, width, height), "too_small")
     if width * height > MAX_PIXELS:
-        raise InputError(_too_large(name, f" of {width} x {height}"))
+        raise PhotoError(_too_large(name, f" of {width} x {height}"), "too_large")
     if image.mode == "F":
-        raise InputError(f"{name} holds floating-point pixels: export the photo as 8-bit JPEG or PNG.")
+        raise PhotoError(f"{name} holds floating-point pixels: export the photo as 8-bit JPEG or PNG.", "unsupported")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
             return np.array(_to_rgb(_upright(image)))
     except Exception as error:  # as above: a damaged stream can fail in any way
-        raise InputError(f"{name} is damaged or cut short: copy or export the photo again as JPEG or PNG.") from error
+        raise PhotoError(
+            f"{name} is damaged or cut short: copy or export the photo again as JPEG or PNG.", "damaged"
+        ) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -64,7 +64,8 @@ class Switches:
 class AdapterConfig:
     """`adapter_config.json`: the widths of an adapter (METHOD rows 1 to 4).
 
-    `clip_hidden` and `face_hidden` are the mappers' inner widths; None stands for clip_dim and 2 face_dim.
+    `clip_hidden` and `face_hidden` are the mappers' inner widths; None stands for clip_dim and 2 face_dim. Raises
+    InputError for a mapper or a layer that is not built.
     """
 
     clip_dim: int = 1664
@@ -75,6 +76,12 @@ class AdapterConfig:
     clip_layer: str = "last"  # which hidden states of the CLIP image encoder, one of CLIP_LAYERS
     clip_hidden: int | None = None
     face_hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip_mapper != "mlp":
+            raise InputError(f"The adapter's clip_mapper {self.clip_mapper!r} is not supported, only 'mlp'.")
+        if self.clip_layer not in CLIP_LAYERS:
+            raise InputError(f"The adapter's clip_layer {self.clip_layer!r} is not of {CLIP_LAYERS}.")
 
     def check_fits(self, cross_attention_dim: int) -> None:
         """Raise InputError unless a model of this cross-attention width takes the adapter."""
@@ -108,12 +115,6 @@ class AdapterConfig:
         for name in required:
             if not isinstance(values[name], int) or values[name] < 1:
                 raise InputError(f"adapter_config.json: {name} must be a positive integer, not {values[name]!r}.")
-        if values.get("clip_mapper", "mlp") != "mlp":
-            raise InputError(
-                f"adapter_config.json: clip_mapper {values['clip_mapper']!r} is not supported, only 'mlp'."
-            )
-        if values.get("clip_layer", "last") not in CLIP_LAYERS:
-            raise InputError(f"adapter_config.json: clip_layer {values['clip_layer']!r} is not of {CLIP_LAYERS}.")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:

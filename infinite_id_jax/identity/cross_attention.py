@@ -1,6 +1,7 @@
 """Cross-attention to the identity beside the text (Infinite-ID Eq. 6)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,17 @@ from infinite_id_jax.typing import Array, Float, Scalar, Tokens
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IdentityContext:
-    """What the U-Net hands to every cross-attention without looking inside."""
+    """What the U-Net hands to every cross-attention without looking inside.
 
-    text: Tokens  # [B, L, C], all rows
-    identity: Float[Array, "G T R K C"]  # c_id of the identity rows; T may be 1: the same for every text row
-    id_scale: Scalar
-    text_scale: Scalar
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    With a layout, rows are the two streams': `identity` is [G, T, R, K, C], where T may be 1: the same for every text
+    row. Without one, every row is an identity row with an `identity` [B, K, C] of its own, as in training.
+    """
+
+    text: Tokens | None  # [B, L, C], all rows; None where no text is used at all (METHOD row 19)
+    identity: Float[Array, "*rows K C"]
+    id_scale: Scalar = 1.0
+    text_scale: Scalar = 1.0
+    layout: Layout | None = dataclasses.field(default=None, metadata={"static": True})
     style_merge: str = dataclasses.field(default="none", metadata={"static": True})
     cross_merge: bool = dataclasses.field(default=True, metadata={"static": True})
 
@@ -36,7 +41,7 @@ class IdentityProjection(nnx.Module):
 
 
 class IdentityCrossAttention(nnx.Module):
-    """Wraps a frozen `attn2`: text rows pass through it, identity rows also attend to their identity."""
+    """Wraps a frozen `attn2`: text rows pass through it, identity rows also attend to their identity (Eq. 6)."""
 
     def __init__(self, base: Attention, projection: IdentityProjection):
         self.base = base
@@ -44,26 +49,41 @@ class IdentityCrossAttention(nnx.Module):
 
     def __call__(self, x: Tokens, context: IdentityContext) -> Tokens:
         """x [B, L, C] -> [B, L, C]; rows as `context.layout` divides them."""
-        base, heads, layout = self.base, self.base.heads, context.layout
-        text = context.text.astype(x.dtype)
-        q_text, q_id = layout.split(split_heads(base.to_q(x), heads))
-        k_text, k_t = layout.split(split_heads(base.to_k(text), heads))
-        v_text, v_t = layout.split(split_heads(base.to_v(text), heads))
-        # Adapters may be kept in fp32 over a half-precision base.
-        k_id, v_id = (
-            rearrange(project(context.identity).astype(x.dtype), "G T R K (N D) -> G T R K N D", N=heads)
-            for project in (self.projection.to_k_ip, self.projection.to_v_ip)
-        )
-        identity = merged_cross_attention(
+        base, layout = self.base, context.layout
+        q = split_heads(base.to_q(x), base.heads)
+        text = None if context.text is None else self._text_keys(context.text.astype(x.dtype))
+        k_id, v_id = self._identity_keys(context.identity, x.dtype)
+        if layout is None:
+            return base.to_out(merge_heads(_merge(q, k_id, v_id, text, context)))
+        if text is None:
+            raise ValueError("The two streams need text: without it every row is an identity row, and no layout.")
+        q_text, q_id = layout.split(q)
+        (k_text, k_t), (v_text, v_t) = (layout.split(keys) for keys in text)
+        identity = _merge(
             q_id,
             jnp.broadcast_to(k_id, (*q_id.shape[:3], *k_id.shape[3:])),
             jnp.broadcast_to(v_id, (*q_id.shape[:3], *v_id.shape[3:])),
-            (k_t, v_t) if context.cross_merge else None,
-            context.id_scale,
-            context.text_scale,
-            context.style_merge,
+            (k_t, v_t),
+            context,
         )
         return base.to_out(merge_heads(layout.join(_attend(q_text, k_text, v_text), identity)))
+
+    def _text_keys(self, text: Tokens) -> tuple[Array, Array]:
+        base = self.base
+        return split_heads(base.to_k(text), base.heads), split_heads(base.to_v(text), base.heads)
+
+    def _identity_keys(self, identity: Array, dtype: Any) -> tuple[Array, Array]:
+        """K'_id and V'_id in the base's dtype: adapters may be kept in fp32 over a half-precision base."""
+        k, v = (
+            rearrange(project(identity).astype(dtype), "... (N D) -> ... N D", N=self.base.heads)
+            for project in (self.projection.to_k_ip, self.projection.to_v_ip)
+        )
+        return k, v
+
+
+def _merge(q: Array, k_id: Array, v_id: Array, text: tuple[Array, Array] | None, context: IdentityContext) -> Array:
+    text = text if context.cross_merge else None
+    return merged_cross_attention(q, k_id, v_id, text, context.id_scale, context.text_scale, context.style_merge)
 
 
 def merged_cross_attention(

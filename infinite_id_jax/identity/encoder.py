@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ class ClipMapper(nnx.Module):
 
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
         hidden = config.clip_hidden or config.clip_dim
-        self.proj_in = nnx.Linear(config.clip_dim, hidden, rngs=rngs)
-        self.proj_out = nnx.Linear(hidden, config.cross_attention_dim, rngs=rngs)
+        self.proj_in = _linear(config.clip_dim, hidden, rngs)
+        self.proj_out = _linear(hidden, config.cross_attention_dim, rngs)
         self.norm = nnx.LayerNorm(config.cross_attention_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, hidden_states: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
@@ -33,8 +34,8 @@ class FaceMapper(nnx.Module):
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
         hidden = config.face_hidden or 2 * config.face_dim
         self.tokens = config.face_tokens
-        self.proj_in = nnx.Linear(config.face_dim, hidden, rngs=rngs)
-        self.proj_out = nnx.Linear(hidden, config.face_tokens * config.cross_attention_dim, rngs=rngs)
+        self.proj_in = _linear(config.face_dim, hidden, rngs)
+        self.proj_out = _linear(hidden, config.face_tokens * config.cross_attention_dim, rngs)
         self.norm = nnx.LayerNorm(config.cross_attention_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, embedding: Float[Array, "B E"]) -> Float[Array, "B n D"]:
@@ -43,6 +44,17 @@ class FaceMapper(nnx.Module):
         hidden = self.proj_in(embedding / jnp.maximum(length, 1e-12))
         tokens = self.proj_out(jax.nn.gelu(hidden, approximate=False))
         return self.norm(rearrange(tokens, "B (n D) -> B n D", n=self.tokens))
+
+
+def _linear(dim_in: int, dim_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """Biases start at U(-1, 1) / sqrt(dim_in), as in PyTorch: with zeros the unconditional identity would enter the
+    LayerNorm as exact zeros, where its gradient is 1 / sqrt(epsilon), 316 times that of a token of unit variance.
+    """
+
+    def bias(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -1, 1) / math.sqrt(dim_in)
+
+    return nnx.Linear(dim_in, dim_out, bias_init=bias, rngs=rngs)
 
 
 def mix(identities: Sequence[Float[Array, "_ D"]]) -> Float[Array, "K D"]:

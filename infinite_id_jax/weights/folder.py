@@ -2,11 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-from flax import nnx
+from typing import NamedTuple
 
 from infinite_id_jax.diffusion.schedule import ScheduleConfig
 from infinite_id_jax.errors import InputError, MissingExtraError
@@ -23,8 +20,6 @@ from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
 from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
 from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
 from infinite_id_jax.weights.load import ShardingRule, load_module
-
-M = TypeVar("M", bound=nnx.Module)
 
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+(@[\w.-]+)?")
@@ -113,28 +108,43 @@ def read_settings(folder: Path) -> Settings:
 def load_base(folder: Path, *, dtype: str = "float32", sharding: ShardingRule | None = None) -> StableDiffusionXL:
     """Load all of an SDXL folder; the VAE stays in fp32 where `dtype` is float16, which overflows in it."""
     settings = read_settings(folder)
-
-    def load(part: str, make: Callable[[nnx.Rngs], M], dtype: str = dtype) -> M:
-        return load_module(make, folder / part, dtype=dtype, sharding=sharding)
-
-    first, second = settings.text
     return StableDiffusionXL(
         settings,
-        unet=load("unet", lambda rngs: UNet2DConditionModel(settings.unet, rngs=rngs)),
-        vae=load(
-            "vae",
-            lambda rngs: AutoencoderKL(settings.vae, rngs=rngs),
-            "float32" if dtype == "float16" else dtype,
-        ),
-        text_encoders=(
-            load("text_encoder", lambda rngs: CLIPTextModel(first, rngs=rngs)),
-            load("text_encoder_2", lambda rngs: CLIPTextModel(second, rngs=rngs)),
-        ),
-        tokenizers=(
-            CLIPTokenizer.from_folder(folder / "tokenizer"),
-            CLIPTokenizer.from_folder(folder / "tokenizer_2"),
-        ),
+        unet=load_unet(folder, settings, dtype=dtype, sharding=sharding),
+        vae=load_vae(folder, settings, dtype="float32" if dtype == "float16" else dtype, sharding=sharding),
+        text_encoders=load_text_encoders(folder, settings, dtype=dtype, sharding=sharding),
+        tokenizers=load_tokenizers(folder),
     )
+
+
+def load_unet(
+    folder: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
+) -> UNet2DConditionModel:
+    return load_module(
+        lambda rngs: UNet2DConditionModel(settings.unet, rngs=rngs), folder / "unet", dtype=dtype, sharding=sharding
+    )
+
+
+def load_vae(
+    folder: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
+) -> AutoencoderKL:
+    return load_module(
+        lambda rngs: AutoencoderKL(settings.vae, rngs=rngs), folder / "vae", dtype=dtype, sharding=sharding
+    )
+
+
+def load_text_encoders(
+    folder: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
+) -> tuple[CLIPTextModel, CLIPTextModel]:
+    first, second = (
+        load_module(lambda rngs, c=config: CLIPTextModel(c, rngs=rngs), folder / part, dtype=dtype, sharding=sharding)
+        for part, config in zip(("text_encoder", "text_encoder_2"), settings.text, strict=True)
+    )
+    return first, second
+
+
+def load_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    return CLIPTokenizer.from_folder(folder / "tokenizer"), CLIPTokenizer.from_folder(folder / "tokenizer_2")
 
 
 def load_image_encoder(

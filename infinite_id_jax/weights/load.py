@@ -103,6 +103,17 @@ def fill(
     return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
 
 
+def described(module: M, *, dtype: str, sharding: ShardingRule) -> M:
+    """`abstract`'s module with each array's dtype and place, to count and compile with."""
+    graph, state = nnx.split(module)
+    flat = dict(nnx.to_flat_state(state))
+    for path, entry in key_map(module).items():
+        shape = tuple(flat[path].shape)
+        where = sharding(entry.key, shape)
+        flat[path] = flat[path].replace(jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where))
+    return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+
+
 def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], name: str) -> None:
     """Raise one InputError that lists every missing, surplus and mis-shaped key."""
     problems = {

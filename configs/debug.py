@@ -1,0 +1,51 @@
+"""The whole of training in seconds on a CPU: a tiny random SDXL, drawn people, a checkpoint at every step.
+
+    python train.py --config configs/debug.py --output-dir runs/debug
+
+Random weights: for a look at the machinery only. Model and dataset are written to DIR/inputs unless --set names others.
+"""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+from configs.base import DataConfig, ModelConfig, RunConfig, TrainConfig
+from examples.tiny_sdxl import UNET, VISION
+from infinite_id_jax.identity.config import AdapterConfig
+from infinite_id_jax.training.state import OptimizerConfig
+
+PEOPLE, PHOTOS, SIZE = 16, 4, 64
+
+
+def prepare(folder: Path, config: TrainConfig) -> TrainConfig:
+    """Write the model and the dataset that the configuration leaves open; a killed writing goes on or begins anew."""
+    from data_pipeline.generated import write_generated
+    from examples.tiny_sdxl import write_model
+
+    model = Path(config.model.path) if config.model.path else folder / "model"
+    if not model.is_dir():
+        beside = folder / f".model.{os.getpid()}.partial"
+        shutil.rmtree(beside, ignore_errors=True)
+        write_model(beside)
+        beside.rename(model)
+    data = Path(config.data.path) if config.data.path else folder / "data"
+    if not config.data.path:
+        write_generated(data, model, people=PEOPLE, photos=PHOTOS, size=SIZE, seed=0)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(model)),
+        data=dataclasses.replace(config.data, path=str(data)),
+    )
+
+
+config = TrainConfig(
+    model=ModelConfig(path="", dtype="float32", architecture=UNET),
+    data=DataConfig(path="", batch_size=8, resolution=SIZE),
+    adapter=AdapterConfig(
+        clip_dim=VISION.hidden_size, face_dim=32, cross_attention_dim=UNET.cross_attention_dim
+    ),  # 32 numbers stand for a face in data_pipeline.generated
+    optimizer=OptimizerConfig(learning_rate=1e-3, ema_decay=0.9),
+    run=RunConfig(steps=20, mesh="data=1", log_every=1, checkpoint_every=1, validate_every=10, validation_batches=1),
+    prepare=prepare,
+)

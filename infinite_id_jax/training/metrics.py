@@ -1,0 +1,196 @@
+"""The numbers of a run: gathered without waiting for the device, written as CSV and, where asked, to TensorBoard."""
+
+import csv
+import datetime
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from infinite_id_jax.errors import InputError, MissingExtraError
+from infinite_id_jax.files import replacing
+from infinite_id_jax.training.step import BINS, Metrics
+
+COLUMNS = (
+    "step", "loss", "grad_norm", *(f"loss_t{i}" for i in range(BINS)),
+    "images_per_second", "tflops", "mfu", "data_wait",
+    "validation_loss", "validation_other_person", "validation_no_identity",
+)  # fmt: skip
+"""Of metrics.csv. loss: mean over the steps since the row before; loss_t0..t9: its error by tenth of the timesteps,
+the least noisy first; tflops: 10^12 floating-point operations a second on one device; mfu: their share of its peak;
+data_wait: share of the time spent waiting for data; validation: with the right identity, another's, and none."""
+
+
+class MetricsFile:
+    """`metrics.csv`: a row as soon as it is known; a run that is resumed drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path, step: int):
+        self._path = path
+        kept = [row for row in _rows(path) if int(row["step"]) <= step]
+        with replacing(path) as beside, beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; columns it lacks stay empty."""
+        try:
+            with self._path.open("a", newline="") as file:
+                csv.DictWriter(file, COLUMNS).writerow(row)
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be written ({error.strerror}): free some space there.") from None
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        # A kill can leave the last row cut short.
+        return [row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and None not in row.values()]
+
+
+class TensorBoard:
+    """The same rows as event files. Raises MissingExtraError without the extra `tensorboard`."""
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise MissingExtraError("TensorBoard", "tensorboard") from None
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and np.isfinite(value):
+                self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+
+
+class WeightsAndBiases:
+    """The same rows to a wandb project, which the user must have asked for: it calls the network."""
+
+    def __init__(self, project: str, folder: Path):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise MissingExtraError("Weights & Biases", "wandb") from None
+        self._run = wandb.init(project=project, dir=str(folder), id=folder.name, resume="allow")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+class Terminal:
+    """A line for each row, with the time that is left at this pace."""
+
+    def __init__(self, step: int, steps: int):
+        self._first, self._steps, self._start = step, steps, time.perf_counter()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        taken = row["step"] - self._first
+        left = (time.perf_counter() - self._start) / taken * (self._steps - row["step"])
+        parts = [f"loss {row['loss']:.4f}", f"{row['images_per_second']:.1f} images/s", f"data {row['data_wait']:.0%}"]
+        parts += [f"held out {row['validation_loss']:.4f}"] if "validation_loss" in row else []
+        parts += [f"{datetime.timedelta(seconds=round(left))} left"]
+        print(f"step {row['step']}/{self._steps}: {', '.join(parts)}", file=sys.stderr, flush=True)
+
+
+class Window:
+    """Gathers steps into rows without holding up the device: it is read `delay` steps late.
+
+    images: of one step. flops: of one step on all devices. peak: of one device a second, None where unknown.
+    """
+
+    def __init__(self, *, every: int, images: int, flops: float, peak: float | None, delay: int = 2):
+        self._every, self._images, self._flops, self._peak, self._delay = every, images, flops, peak, delay
+        self._pending: deque[tuple[int, Metrics, float]] = deque()  # step, metrics on the device, seconds waited
+        self._values: list[Metrics] = []
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, step: int, metrics: Metrics, waited: float, *, now: bool = False) -> list[dict[str, Any]]:
+        """Take the step that made `step` steps, which waited so many seconds for its data; returns the rows complete
+        so far. `now` waits for the device and closes a row here.
+        """
+        self._pending.append((step, metrics, waited))
+        rows = []
+        while self._pending and (now or len(self._pending) > self._delay):
+            known, metrics, waited = self._pending.popleft()
+            # Waiting here also keeps the host from queueing batches without end.
+            self._values.append(jax.device_get(metrics))
+            self._waited += waited
+            if known % self._every == 0 or (now and known == step):
+                rows.append(self._close(known))
+        return rows
+
+    def _close(self, step: int) -> dict[str, Any]:
+        values, waited, end = self._values, self._waited, time.perf_counter()
+        seconds, self._values, self._waited, self._start = end - self._start, [], 0.0, end
+        errors: Any = np.sum([value.error_by_bin for value in values], axis=0, dtype=np.float64)
+        counts: Any = np.sum([value.rows_by_bin for value in values], axis=0, dtype=np.float64)
+        flops = self._flops * len(values) / seconds / jax.device_count()
+        row = {
+            "step": step,
+            "loss": float(np.mean([value.loss for value in values], dtype=np.float64)),
+            "grad_norm": float(np.mean([value.grad_norm for value in values], dtype=np.float64)),
+            "images_per_second": self._images * len(values) / seconds,
+            "tflops": flops / 1e12,
+            "data_wait": min(1.0, waited / seconds),
+            "failed_at": int(values[-1].failed_at),
+        }
+        row |= {f"loss_t{i}": errors[i] / counts[i] for i in range(BINS) if counts[i] > 0}
+        return row if self._peak is None else row | {"mfu": flops / self._peak}
+
+
+class Logs:
+    """Where the rows of a run go: metrics.csv always, TensorBoard and wandb where asked, a line to the terminal."""
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        steps: int,
+        window: Window,
+        *,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+    ):
+        """`step`: steps taken before, of `steps`. Only the first of several processes writes."""
+        self._window = window
+        self._writers: list[Any] = []
+        if jax.process_index() > 0:
+            return
+        self._writers += [MetricsFile(folder / "metrics.csv", step), Terminal(step, steps)]
+        if tensorboard:
+            self._writers.append(TensorBoard(folder / "tensorboard", step))
+        if wandb is not None:
+            self._writers.append(WeightsAndBiases(wandb, folder))
+
+    def add(
+        self,
+        step: int,
+        metrics: Metrics,
+        waited: float,
+        *,
+        now: bool = False,
+        held_out: Mapping[str, float] | None = None,
+    ) -> int | None:
+        """Take a step (see `Window.add`) and write what is known; `held_out` joins the row of this step.
+
+        Returns the step at which the loss failed to be finite, None while there is none.
+        """
+        rows = self._window.add(step, metrics, waited, now=now)
+        if held_out:
+            rows[-1] |= held_out
+        failed_at = None
+        for row in rows:
+            failed = row.pop("failed_at")
+            failed_at = failed if failed >= 0 else failed_at
+            for writer in self._writers:
+                writer.write(row)
+        return failed_at

@@ -1,0 +1,63 @@
+"""The compiled functions of a run: its first state, its step, its look at held-out people."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from infinite_id_jax.identity.config import AdapterConfig
+from infinite_id_jax.training.flops import unet_flops
+from infinite_id_jax.training.objective import Batch, Frozen, Objective
+from infinite_id_jax.training.setup import abstract_state, state_maker
+from infinite_id_jax.training.state import OptimizerConfig, TrainState
+from infinite_id_jax.training.step import Metrics, train_step, validation_step
+from infinite_id_jax.typing import Array
+
+_VALIDATION_SEED = 0x1D  # the noise of every validation, in every run
+
+
+class TrainProgram:
+    """What `train.py` calls; compiled when first called, for each size of latents anew."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        adapter: AdapterConfig,
+        optimizer: OptimizerConfig,
+        frozen: Frozen,
+        mesh: Mesh,
+        seed: int,
+    ):
+        make = state_maker(objective, adapter, optimizer, seed)
+        self.abstract = abstract_state(make, frozen, mesh)
+        self._objective, self._frozen = objective, frozen
+        self._key = jax.random.key(seed)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract)
+        self._make = jax.jit(make, out_shardings=places)
+        step = partial(train_step, objective, optimizer, places.adapter)
+        self._step = jax.jit(step, donate_argnames="state", out_shardings=(places, None))
+        self._validate = jax.jit(partial(validation_step, objective))
+
+    def first(self) -> TrainState:
+        """The state before the first step, made where it is to live."""
+        return self._make(self._frozen)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One step; `state` is used up. Returns before the device has finished."""
+        return self._step(self._frozen, state, batch, self._key)
+
+    def flops(self, rows: int, height: int, width: int) -> float:
+        """Of one step on rows of latents of this size over all devices, counted as two forwards of the base."""
+        return 2 * unet_flops(self._objective.unet, self._frozen.unet, rows, height, width)
+
+    def validate(self, arrays: Mapping[str, Array], batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean errors over the batches, each on noise of its own that is the same at every call."""
+        key = jax.random.key(_VALIDATION_SEED)
+        held = [
+            jax.device_get(self._validate(arrays, self._frozen, batch, jax.random.fold_in(key, i)))
+            for i, batch in enumerate(batches)
+        ]
+        right, other, none = np.mean(np.asarray(held, np.float64), axis=0).tolist()
+        return {"validation_loss": right, "validation_other_person": other, "validation_no_identity": none}

@@ -1,0 +1,251 @@
+"""train.py from end to end on the debug configuration: resume, refusal, stop, divergence, pictures."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from benchmarks import kill
+from configs import debug
+from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run of this file compiles the same few programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Options that name a model and a dataset made once."""
+    config = debug.prepare(tmp_path_factory.mktemp("inputs"), debug.config)
+    return [f"--set=model.path={config.model.path}", f"--set=data.path={config.data.path}"]
+
+
+def run(folder, inputs, *options):
+    return train.main(["--config", "configs/debug.py", "--output-dir", str(folder), *inputs, *options])
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def edited(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, inputs):
+    """Four steps at a stretch."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder, inputs, "--max-steps", "4", "--set=run.validate_every=2") == 0
+    return folder
+
+
+def test_two_steps_resume_to_four_as_if_never_stopped(whole, inputs, tmp_path):
+    options = ("--set=run.validate_every=2",)
+    assert run(tmp_path, inputs, "--max-steps", "2", *options) == 0
+    assert len(rows(tmp_path)) == 2
+    assert run(tmp_path, inputs, "--max-steps", "4", *options) == 0
+    assert kill.learned(tmp_path) == kill.learned(whole)
+    names = [name for name in rows(whole)[0] if name.startswith(("loss", "validation", "grad"))]
+    assert [[row[name] for name in names] for row in rows(tmp_path)] == [
+        [row[name] for name in names] for row in rows(whole)
+    ]
+    before = edited(tmp_path / "checkpoints")
+    assert run(tmp_path, inputs, "--max-steps", "4", *options) == 0  # nothing is left to do
+    assert edited(tmp_path / "checkpoints") == before
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [2, 3, 4]  # the newest three
+
+
+def test_metrics_say_what_was_asked(whole):
+    table = rows(whole)
+    assert [int(row["step"]) for row in table] == [1, 2, 3, 4]
+    for row in table:
+        bins = [float(row[f"loss_t{i}"]) for i in range(10) if row[f"loss_t{i}"]]
+        assert bins
+        assert min(bins) <= float(row["loss"]) <= max(bins)
+        assert float(row["images_per_second"]) > 0
+        assert 0 <= float(row["data_wait"]) <= 1
+        assert bool(row["validation_loss"]) == (int(row["step"]) % 2 == 0)
+
+
+def test_the_adapter_goes_into_sampling(whole, inputs):
+    model = inputs[0].partition("path=")[2]
+    pipe = InfiniteIDPipeline.from_pretrained(model, whole / "adapter")
+    rng = np.random.default_rng(0)
+    face = FaceFeatures(rng.normal(size=(257, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32))
+    out = pipe("a man", pipe.encode_identity(face), steps=1, height=64, width=64, output="latent")
+    assert np.isfinite(out.latents).all()
+
+
+def test_killed_processes_end_as_if_they_had_not_been(inputs, tmp_path):
+    """The script that does it twenty times: `python -m benchmarks.kill training`."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill.run_to_end(kill.training_command(whole, 8, *inputs))
+    more = [*inputs, "--set=run.mesh=data=1"]
+    os.rename(whole / "compiled", tmp_path / "compiled")  # compile once; a cache that was there is a cache used
+    os.symlink(tmp_path / "compiled", killed.parent / "killed-compiled")
+    killed.mkdir()
+    os.symlink(tmp_path / "compiled", killed / "compiled")
+    assert kill.kill_training(killed, 2, 8, 3, *more) == 2
+    assert kill.learned(killed) == kill.learned(whole)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(inputs, tmp_path):
+    command = kill.training_command(tmp_path, 1000, *inputs, "--set=run.checkpoint_every=1000")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while kill.steps_taken(tmp_path) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    taken = kill.steps_taken(tmp_path)
+    assert f"Stopped after {taken} steps: the same command goes on from there." in said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(taken)]
+    assert not (tmp_path / "adapter").exists()
+    options = ("--set=run.checkpoint_every=1000", "--max-steps", str(taken + 1))
+    assert run(tmp_path, inputs, *options) == 0
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, taken + 2))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path, capsys):
+    options = ("--set=optimizer.learning_rate=1e30", "--max-steps", "8", "--set=run.log_every=4")
+    options += ("--set=run.checkpoint_every=100",)
+    assert run(tmp_path, inputs, *options) == 4
+    said = capsys.readouterr().err
+    (saved,) = tmp_path.glob("failed_step_*.npz")
+    step = int(saved.stem.rpartition("_")[2])
+    assert f"The loss of step {step} was not finite" in said
+    assert str(saved) in said
+    with np.load(saved) as batch:
+        assert batch["latent_mean"].shape == (8, 8, 8, 4)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("optimizer.learning_rate=0.1", "optimizer.learning_rate was 0.001 and is 0.1"),
+        ("data.batch_size=4", "data.batch_size was 8 and is 4"),
+        ("method.identity_drop=0.5", "method.identity_drop was 0.1 and is 0.5"),
+        ("run.seed=3", "data.seed was 0 and is 3"),
+        ("adapter.face_tokens=2", "adapter.face_tokens was 1 and is 2"),
+    ],
+)
+def test_another_run_is_refused(whole, inputs, option, says, capsys):
+    before = edited(whole)
+    assert run(whole, inputs, "--max-steps", "6", f"--set={option}") == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert "--allow-change" in said
+    assert edited(whole) == before
+
+
+def test_a_changed_dataset_is_refused(whole, inputs, tmp_path, capsys):
+    from data_pipeline.generated import write_generated
+
+    model = inputs[0].partition("path=")[2]
+    write_generated(tmp_path / "data", Path(model), people=4, photos=2, size=64, seed=1)
+    assert run(whole, [inputs[0], f"--set=data.path={tmp_path / 'data'}"], "--max-steps", "6") == 2
+    assert "data.dataset was" in capsys.readouterr().err
+
+
+def test_a_change_that_is_allowed(inputs, tmp_path):
+    assert run(tmp_path, inputs, "--max-steps", "1") == 0
+    with pytest.warns(UserWarning, match=r"optimizer.learning_rate was 0.001 and is 0.0001"):
+        code = run(tmp_path, inputs, "--max-steps", "2", "--allow-change", "--set=optimizer.learning_rate=1e-4")
+    assert code == 0
+
+
+def test_resume_none_starts_anew_and_loses_nothing(inputs, tmp_path):
+    assert run(tmp_path, inputs, "--max-steps", "2") == 0
+    first = kill.learned(tmp_path)
+    assert run(tmp_path, inputs, "--max-steps", "2", "--resume", "none") == 0
+    assert kill.learned(tmp_path) == first
+    assert {"1", "2"} <= {path.name for path in (tmp_path / "checkpoints.1").iterdir()}
+    assert (tmp_path / "metrics.csv.1").is_file()
+
+
+def test_a_damaged_checkpoint_is_named(inputs, tmp_path, capsys):
+    assert run(tmp_path, inputs, "--max-steps", "2") == 0
+    for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert run(tmp_path, inputs, "--max-steps", "3") == 2
+    assert f"The checkpoint {tmp_path}/checkpoints/2 cannot be read" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(inputs, tmp_path):
+    assert run(tmp_path, inputs, "--max-steps", "2") == 0
+    limit = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", limit, *kill.training_command(tmp_path, 4, *inputs)[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run(tmp_path, inputs, "--max-steps", "3") == 0
+
+
+def test_overfit_batch_repeats_the_first_batch(whole, inputs, tmp_path):
+    assert run(tmp_path, inputs, "--max-steps", "2", "--overfit-batch") == 0
+    same, usual = rows(tmp_path), rows(whole)
+    assert same[0]["loss"] == usual[0]["loss"]
+    assert same[1]["loss"] != usual[1]["loss"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    assert run(tmp_path / "none", [], "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "a step, as two forwards of the U-Net" in said
+    assert not (tmp_path / "none").exists()
+
+
+def test_pictures_and_traces(inputs, tmp_path):
+    options = ("--set=run.sample_every=2", "--set=run.sample_people=2", "--set=run.sample_steps=2")
+    assert run(tmp_path, inputs, "--max-steps", "2", *options, "--profile-steps", "1:2") == 0
+    with Image.open(tmp_path / "samples" / "0000002.png") as grid:
+        assert grid.size == (256 + 2 * 260, 132 + 2 * 260)  # two people across, two prompts down
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--config", "configs/none.py"], "configs/none.py does not exist"),
+        (["--set=optimizer.learning_rat=1"], "did you mean learning_rate"),
+        (["--set=model.path=/nowhere"], "/nowhere does not exist"),
+        (["--set=data.path=/nowhere"], "/nowhere"),
+        (["--set=run.mesh=data=3"], "does not divide"),
+        (["--set=adapter.face_dim=64"], "has face_dim 32 and the adapter 64"),
+    ],
+)
+def test_what_a_user_gets_wrong(inputs, tmp_path, options, says, capsys):
+    assert run(tmp_path, inputs, "--max-steps", "1", *options) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_no_output_folder(capsys):
+    assert train.main(["--config", "configs/debug.py"]) == 2
+    assert "--output-dir" in capsys.readouterr().err

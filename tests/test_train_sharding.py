@@ -1,0 +1,117 @@
+"""One device, eight, and two processes of four learn the same; a checkpoint of one layout goes on in another."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from benchmarks import kill
+from configs import debug
+from infinite_id_jax.sharding import batch_sharding, make_mesh, rows_of_process, to_devices
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+TOLERANCE = 1e-5  # of losses about 1; measured over all layouts: MEASURED
+LAYOUTS = {
+    "data": ["--set=run.mesh=data=8"],
+    "fsdp": ["--set=run.mesh=fsdp=8", "--set=model.sharded=True"],
+    "all": ["--set=run.mesh=data=2,fsdp=2,tensor=2", "--set=model.sharded=True"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Where this process and those it starts keep what they compile."""
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    config = debug.prepare(tmp_path_factory.mktemp("inputs"), debug.config)
+    return [f"--set=model.path={config.model.path}", f"--set=data.path={config.data.path}"]
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory, inputs):
+    return run(tmp_path_factory.mktemp("one"), inputs, STEPS)
+
+
+def options(inputs, steps, layout):
+    rarely = ["--set=run.checkpoint_every=10", "--set=run.validate_every=0"]
+    return [*inputs, "--max-steps", str(steps), *rarely, *layout]
+
+
+def run(folder, inputs, steps, layout=()):
+    """The losses of a run in this process, which has 8 devices."""
+    command = ["--config", "configs/debug.py", "--output-dir", str(folder), *options(inputs, steps, layout)]
+    assert train.main(command) == 0
+    return losses(folder)
+
+
+def losses(folder):
+    return np.array([float(loss) for _, loss in kill.learned(folder)[1]])
+
+
+def start_two(folder, inputs, steps, compiled):
+    """Two processes of four devices each, which find each other on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    command = kill.training_command(folder, steps, *options(inputs, steps, LAYOUTS["all"]))
+    command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    return [
+        subprocess.Popen([*command, str(i)], cwd=ROOT, env=os.environ | flags, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+
+
+def ends(processes):
+    """Exit codes and what was said."""
+    said = [process.communicate()[1] for process in processes]
+    return [process.returncode for process in processes], "\n".join(said)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_learn_as_one(one_device, inputs, tmp_path, layout):
+    found = run(tmp_path, inputs, STEPS, LAYOUTS[layout])
+    np.testing.assert_allclose(found, one_device, atol=TOLERANCE, rtol=0)
+
+
+def test_a_checkpoint_goes_on_in_another_layout(one_device, inputs, tmp_path):
+    run(tmp_path, inputs, 10, LAYOUTS["fsdp"])
+    np.testing.assert_allclose(run(tmp_path, inputs, STEPS), one_device, atol=TOLERANCE, rtol=0)
+
+
+def test_two_processes_stop_at_one_step_and_learn_as_one(one_device, inputs, tmp_path, compiled):
+    """SIGTERM to one of them, as a preemption comes, stops both after the same step."""
+    processes = start_two(tmp_path, inputs, 1000, compiled)
+    while kill.steps_taken(tmp_path) < 3 and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = ends(processes)
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    taken = kill.steps_taken(tmp_path)
+    assert said.count(f"Stopped after {taken} steps") == 2
+    codes, said = ends(start_two(tmp_path, inputs, max(STEPS, taken), compiled))
+    assert codes == [0, 0], said
+    np.testing.assert_allclose(losses(tmp_path)[:STEPS], one_device, atol=TOLERANCE, rtol=0)
+
+
+def test_rows_go_to_their_devices():
+    sharding = batch_sharding(make_mesh("data=2,fsdp=2,tensor=2"))
+    rows = rows_of_process(sharding, 8)
+    assert rows == list(range(8))
+    placed = to_devices({"x": np.arange(16).reshape(8, 2)}, sharding, 8, rows)["x"]
+    np.testing.assert_array_equal(placed, np.arange(16).reshape(8, 2))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
