@@ -151,7 +151,7 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
         window = Window(
             every=run.log_every,
             images=config.data.batch_size,
-            flops=program.flops(config.data.batch_size, *loader.bucket(0)),
+            devices=mesh.size,
             peak=peak_flops(mesh.devices.flat[0]),
         )
         logs = Logs(folder, taken, run.steps, window, tensorboard=run.tensorboard, wandb=run.wandb)
@@ -165,7 +165,8 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
                 save = code is not None or taken == run.steps or taken % run.checkpoint_every == 0
                 check = _due(run.validate_every, taken)
                 held_out = program.validate(state.adapter, feeds.held_out()) if check else None
-                failed_at = logs.add(taken, metrics, waited, now=save or check, held_out=held_out)
+                cost = {"waited": waited, "flops": program.flops(batch)}
+                failed_at = logs.add(taken, metrics, **cost, now=save or check, held_out=held_out)
                 if failed_at is not None:
                     culprit = loader.batch(0 if args.overfit_batch else failed_at)
                     raise DivergedError(save_failure(state, checkpoints, culprit, failed_at, folder))

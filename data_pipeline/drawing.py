@@ -28,6 +28,7 @@ COLOURS = {
     "pink": (236, 150, 180),
 }
 EXPRESSIONS = ("smiling", "serious", "surprised", "sad")
+RADIUS = (0.19, 0.24)  # of the head in parts of the picture: head and shoulders
 
 _FINE = 4  # drawn so many times larger, then averaged: Pillow's shapes have hard edges
 
@@ -74,7 +75,8 @@ class Scene:
     radius: float
 
     @classmethod
-    def from_seed(cls, seed: int) -> "Scene":
+    def from_seed(cls, seed: int, radius: tuple[float, float] = RADIUS) -> "Scene":
+        """`radius`: least and greatest."""
         rng = np.random.default_rng((2, seed))
         background, shirt = rng.choice(list(COLOURS), 2, replace=False)
         return cls(
@@ -83,7 +85,7 @@ class Scene:
             expression=EXPRESSIONS[rng.integers(len(EXPRESSIONS))],
             x=rng.uniform(0.44, 0.56),
             y=rng.uniform(0.44, 0.50),
-            radius=rng.uniform(0.19, 0.24),
+            radius=rng.uniform(*radius),
         )
 
     @property
@@ -91,9 +93,12 @@ class Scene:
         return f"a person with a {self.shirt} shirt, {self.expression}, {self.background} background"
 
     def head_box(self, size: int, margin: float) -> tuple[float, float, float, float]:
-        """The square of `margin` radii around the head in a picture of `size`: left, top, right, bottom."""
-        x, y, half = self.x * size, self.y * size, self.radius * size * margin
-        return x - half, y - half, x + half, y + half
+        """The square of `margin` radii around the head, or what the picture of `size` holds of it: left, top, right,
+        bottom.
+        """
+        half = min(self.radius * margin, self.x, 1 - self.x, self.y, 1 - self.y)
+        left, top, right, bottom = self.x - half, self.y - half, self.x + half, self.y + half
+        return max(left, 0.0) * size, max(top, 0.0) * size, min(right, 1.0) * size, min(bottom, 1.0) * size
 
 
 def draw(person_seed: int, photo_seed: int, size: int) -> UInt8[np.ndarray, "size size 3"]:

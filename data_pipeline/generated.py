@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipeline import records
 from data_pipeline.config import PipelineConfig, model_fingerprint, read_spec
-from data_pipeline.drawing import Identity, Scene, picture
+from data_pipeline.drawing import RADIUS, Identity, Scene, picture
 from data_pipeline.features import Encoders
 from infinite_id_jax.conditioning import time_ids
 from infinite_id_jax.errors import InputError
@@ -33,15 +33,17 @@ def write_generated(
     seed: int,
     id_features: str = "cached",
     shards: int = 2,
+    radius: tuple[float, float] = RADIUS,
 ) -> None:
     """Write `photos` photos each of `people` people at `size` pixels, an eighth of the people for validation.
 
+    `radius`: the least and the greatest of a head, in parts of the picture.
     At least one person is for validation. What an earlier call left is completed. InputError if `folder` holds
     another dataset, or for fewer than 2 people.
     """
     if people < 2:
         raise InputError(f"people={people}: give 2 or more, one of them is for validation.")
-    parameters = [_DRAWING, people, photos, size, seed, shards]
+    parameters = [_DRAWING, people, photos, size, seed, shards, *radius]
     config = PipelineConfig(
         input=hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:16],
         model=model_fingerprint(model),
@@ -62,7 +64,8 @@ def write_generated(
             continue
         encoders = encoders or Encoders(model, config)
         photographed = itertools.product(names[split][shard :: counts[split]], range(photos))
-        found = _records(list(photographed), encoders, config, spec.clip_size, seed)
+        scenes = {numbers: Scene.from_seed(hash_seed(seed, *numbers), radius) for numbers in photographed}
+        found = _records(scenes, encoders, config, spec.clip_size, seed)
         records.write_shard(folder, split, shard, counts[split], spec, found, config.hash)
     records.finish(folder, spec, counts, config.hash)
 
@@ -79,13 +82,13 @@ def _is_finished(folder: Path, config: PipelineConfig) -> bool:
 
 
 def _records(
-    photographed: list[tuple[int, int]], encoders: Encoders, config: PipelineConfig, clip_size: int, seed: int
+    photographed: dict[tuple[int, int], Scene], encoders: Encoders, config: PipelineConfig, clip_size: int, seed: int
 ) -> Iterator[records.PhotoRecord]:
-    """The records of some (person, photo), encoded in batches of the configured size."""
+    """The records of some {(person, photo): scene}, encoded in batches of the configured size."""
     (size,) = config.resolutions
     for start in range(0, len(photographed), config.batch_size):
-        batch = photographed[start : start + config.batch_size]
-        scenes = [Scene.from_seed(hash_seed(seed, *numbers)) for numbers in batch]
+        batch = list(photographed)[start : start + config.batch_size]
+        scenes = [photographed[numbers] for numbers in batch]
         pictures = [
             picture(Identity.from_seed(hash_seed(seed, person)), scene, size)
             for (person, _), scene in zip(batch, scenes, strict=True)

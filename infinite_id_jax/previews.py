@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 

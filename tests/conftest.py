@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +16,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook
 
-install_import_hook("infinite_id_jax", "beartype.beartype")
+install_import_hook(["infinite_id_jax", "data_pipeline"], "beartype.beartype")
 
 import jax
 import numpy as np
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.torch import save_file
 
+from configs import debug
 from tests import reference_torch
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -76,3 +79,22 @@ def pipe(tiny: Tiny):
     from infinite_id_jax import InfiniteIDPipeline
 
     return InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache of compiled programs for the runs of training, in this process and in those it starts."""
+    folder = tmp_path_factory.getbasetemp().parent / "compiled"  # that of all workers of this test run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        yield folder
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def debug_inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of train.py that name a tiny model and a dataset of drawn people, made once."""
+    config = debug.prepare(tmp_path_factory.mktemp("inputs"), debug.config)
+    return [f"--set=model.path={config.model.path}", f"--set=data.path={config.data.path}"]

@@ -1,39 +1,29 @@
 """train.py from end to end on the debug configuration: resume, refusal, stop, divergence, pictures."""
 
 import csv
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import train
 from benchmarks import kill
-from configs import debug
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run of this file compiles the same few programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Options that name a model and a dataset made once."""
-    config = debug.prepare(tmp_path_factory.mktemp("inputs"), debug.config)
-    return [f"--set=model.path={config.model.path}", f"--set=data.path={config.data.path}"]
+def inputs(debug_inputs):
+    return debug_inputs
 
 
 def run(folder, inputs, *options):
@@ -98,12 +88,7 @@ def test_killed_processes_end_as_if_they_had_not_been(inputs, tmp_path):
     """The script that does it twenty times: `python -m benchmarks.kill training`."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     kill.run_to_end(kill.training_command(whole, 8, *inputs))
-    more = [*inputs, "--set=run.mesh=data=1"]
-    os.rename(whole / "compiled", tmp_path / "compiled")  # compile once; a cache that was there is a cache used
-    os.symlink(tmp_path / "compiled", killed.parent / "killed-compiled")
-    killed.mkdir()
-    os.symlink(tmp_path / "compiled", killed / "compiled")
-    assert kill.kill_training(killed, 2, 8, 3, *more) == 2
+    assert kill.kill_training(killed, 2, 8, 3, *inputs) == 2
     assert kill.learned(killed) == kill.learned(whole)
 
 
@@ -201,8 +186,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(inputs, tmp_path):
     command = [sys.executable, "-c", limit, *kill.training_command(tmp_path, 4, *inputs)[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "cannot be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "error: Checkpoints cannot be written" in done.stderr  # Orbax's threads may print beside it
     assert run(tmp_path, inputs, "--max-steps", "3") == 0
 
 
@@ -218,6 +202,15 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "a step, as two forwards of the U-Net" in said
     assert not (tmp_path / "none").exists()
+
+
+def test_the_ablation_in_half_precision_with_all_that_is_optional(inputs, tmp_path):
+    options = ["model.dtype=bfloat16", "method.entangled=True", "method.min_snr_gamma=5", "method.remat=all"]
+    options += ["optimizer.accumulate=2", "optimizer.warmup_steps=2", "optimizer.max_grad_norm=1"]
+    options += ["data.workers=1", "run.tensorboard=True", "run.log_every=2"]
+    assert run(tmp_path, inputs, "--max-steps", "2", *(f"--set={option}" for option in options)) == 0
+    assert all(0.5 < float(row["loss"]) < 2 for row in rows(tmp_path))
+    assert next((tmp_path / "tensorboard").glob("events.out.tfevents.*")).stat().st_size > 500
 
 
 def test_pictures_and_traces(inputs, tmp_path):

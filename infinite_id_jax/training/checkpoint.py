@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, run: Mapping[str, Any]):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each step it takes, and what it raises too
+        for name in ("absl", "asyncio"):  # by which Orbax logs each step it takes, and again what it raises
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +43,13 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        # Before, because what Orbax has begun to write fails in many threads, which all print.
+        needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise InputError(
+                f"A checkpoint of {needed / 2**20:,.0f} MiB does not fit into {self._folder}, where "
+                f"{free / 2**20:,.0f} MiB are free: free some space there, then the same command goes on."
+            )
         with _told(self._folder):
             content = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(self._run)}
             self._manager.save(step, args=ocp.args.Composite(**content))
@@ -120,4 +129,6 @@ def _told(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"Checkpoints cannot be written to {folder} ({reason}): free some space there.") from None
+        raise InputError(
+            f"Checkpoints cannot be written to {folder} ({reason}): free space there, and the same command goes on."
+        ) from None

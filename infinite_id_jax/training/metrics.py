@@ -2,12 +2,13 @@
 
 import csv
 import datetime
+import hashlib
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -79,7 +80,9 @@ class WeightsAndBiases:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise MissingExtraError("Weights & Biases", "wandb") from None
-        self._run = wandb.init(project=project, dir=str(folder), id=folder.name, resume="allow")
+        place = str(folder.absolute())  # by which a resumed run finds its own
+        run_id = hashlib.sha256(place.encode()).hexdigest()[:16]
+        self._run = wandb.init(project=project, name=folder.name, id=run_id, dir=place, resume="allow")
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
@@ -100,47 +103,60 @@ class Terminal:
         print(f"step {row['step']}/{self._steps}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
+class _Step(NamedTuple):
+    step: int
+    metrics: Metrics
+    waited: float
+    flops: float
+    seconds: float = 0.0  # those that became known together took as long each
+
+
 class Window:
     """Gathers steps into rows without holding up the device: it is read `delay` steps late.
 
-    images: of one step. flops: of one step on all devices. peak: of one device a second, None where unknown.
+    images: of one step. devices: that share it. peak: floating-point operations of one of them a second, None where
+    unknown.
     """
 
-    def __init__(self, *, every: int, images: int, flops: float, peak: float | None, delay: int = 2):
-        self._every, self._images, self._flops, self._peak, self._delay = every, images, flops, peak, delay
-        self._pending: deque[tuple[int, Metrics, float]] = deque()  # step, metrics on the device, seconds waited
-        self._values: list[Metrics] = []
-        self._waited = 0.0
-        self._start = time.perf_counter()
+    def __init__(self, *, every: int, images: int, devices: int, peak: float | None, delay: int = 2):
+        self._every, self._images, self._devices, self._peak, self._delay = every, images, devices, peak, delay
+        self._pending: deque[_Step] = deque()
+        self._open: list[_Step] = []  # known, of the next row
+        self._read = time.perf_counter()  # when the last ones became known
 
-    def add(self, step: int, metrics: Metrics, waited: float, *, now: bool = False) -> list[dict[str, Any]]:
-        """Take the step that made `step` steps, which waited so many seconds for its data; returns the rows complete
-        so far. `now` waits for the device and closes a row here.
+    def add(
+        self, step: int, metrics: Metrics, *, waited: float, flops: float, now: bool = False
+    ) -> list[dict[str, Any]]:
+        """Take the step that made `step` steps, which waited so many seconds for its data and took so many operations
+        on all devices; returns the rows complete so far. `now` waits for the device and closes a row here.
         """
-        self._pending.append((step, metrics, waited))
+        self._pending.append(_Step(step, metrics, waited, flops))
+        due = len(self._pending) if now else max(0, len(self._pending) - self._delay)
+        known = [self._pending.popleft() for _ in range(due)]
+        # Waiting here also keeps the host from queueing batches without end.
+        known = [one._replace(metrics=jax.device_get(one.metrics)) for one in known]
+        end = time.perf_counter()
         rows = []
-        while self._pending and (now or len(self._pending) > self._delay):
-            known, metrics, waited = self._pending.popleft()
-            # Waiting here also keeps the host from queueing batches without end.
-            self._values.append(jax.device_get(metrics))
-            self._waited += waited
-            if known % self._every == 0 or (now and known == step):
-                rows.append(self._close(known))
+        for one in known:
+            self._open.append(one._replace(seconds=(end - self._read) / len(known)))
+            if one.step % self._every == 0 or (now and one.step == step):
+                rows.append(self._row(self._open))
+                self._open = []
+        self._read = end if known else self._read
         return rows
 
-    def _close(self, step: int) -> dict[str, Any]:
-        values, waited, end = self._values, self._waited, time.perf_counter()
-        seconds, self._values, self._waited, self._start = end - self._start, [], 0.0, end
+    def _row(self, steps: list[_Step]) -> dict[str, Any]:
+        values, seconds = [one.metrics for one in steps], sum(one.seconds for one in steps)
+        flops = sum(one.flops for one in steps) / seconds / self._devices
         errors: Any = np.sum([value.error_by_bin for value in values], axis=0, dtype=np.float64)
         counts: Any = np.sum([value.rows_by_bin for value in values], axis=0, dtype=np.float64)
-        flops = self._flops * len(values) / seconds / jax.device_count()
         row = {
-            "step": step,
+            "step": steps[-1].step,
             "loss": float(np.mean([value.loss for value in values], dtype=np.float64)),
             "grad_norm": float(np.mean([value.grad_norm for value in values], dtype=np.float64)),
             "images_per_second": self._images * len(values) / seconds,
             "tflops": flops / 1e12,
-            "data_wait": min(1.0, waited / seconds),
+            "data_wait": min(1.0, sum(one.waited for one in steps) / seconds),
             "failed_at": int(values[-1].failed_at),
         }
         row |= {f"loss_t{i}": errors[i] / counts[i] for i in range(BINS) if counts[i] > 0}
@@ -175,8 +191,9 @@ class Logs:
         self,
         step: int,
         metrics: Metrics,
-        waited: float,
         *,
+        waited: float,
+        flops: float,
         now: bool = False,
         held_out: Mapping[str, float] | None = None,
     ) -> int | None:
@@ -184,7 +201,7 @@ class Logs:
 
         Returns the step at which the loss failed to be finite, None while there is none.
         """
-        rows = self._window.add(step, metrics, waited, now=now)
+        rows = self._window.add(step, metrics, waited=waited, flops=flops, now=now)
         if held_out:
             rows[-1] |= held_out
         failed_at = None

@@ -34,6 +34,7 @@ class TrainProgram:
         self.abstract = abstract_state(make, frozen, mesh)
         self._objective, self._frozen = objective, frozen
         self._key = jax.random.key(seed)
+        self._flops: dict[tuple[int, int], float] = {}  # of one row, by size
         places = jax.tree.map(lambda x: x.sharding, self.abstract)
         self._make = jax.jit(make, out_shardings=places)
         step = partial(train_step, objective, optimizer, places.adapter)
@@ -48,9 +49,12 @@ class TrainProgram:
         """One step; `state` is used up. Returns before the device has finished."""
         return self._step(self._frozen, state, batch, self._key)
 
-    def flops(self, rows: int, height: int, width: int) -> float:
-        """Of one step on rows of latents of this size over all devices, counted as two forwards of the base."""
-        return 2 * unet_flops(self._objective.unet, self._frozen.unet, rows, height, width)
+    def flops(self, batch: Batch) -> float:
+        """Of one step on this batch over all devices, counted as two forwards of the base."""
+        rows, height, width, _ = batch["latent_mean"].shape
+        if (height, width) not in self._flops:
+            self._flops[height, width] = 2 * unet_flops(self._objective.unet, self._frozen.unet, 1, height, width)
+        return rows * self._flops[height, width]
 
     def validate(self, arrays: Mapping[str, Array], batches: Iterable[Batch]) -> dict[str, float]:
         """Mean errors over the batches, each on noise of its own that is the same at every call."""

@@ -58,7 +58,7 @@ class TrainState:
 
     step: Any  # int32, steps taken
     adapter: Arrays  # fp32, whatever the dtype of the base
-    ema: Arrays | None
+    ema: Any  # Arrays, or None
     optimizer: Any
     failed_at: Any  # int32, the first step whose loss or gradient was not finite, -1 while there is none
 
