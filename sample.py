@@ -4,16 +4,15 @@ import argparse
 import contextlib
 import hashlib
 import io
-import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infinite_id_jax.command_line import INTERRUPTED, exit_code
 from infinite_id_jax.errors import InputError, NoFaceError
 from infinite_id_jax.request import check_options, find_model, image_encoder_folder, read_prompts, report_cut_words
 
@@ -22,34 +21,19 @@ if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
     from infinite_id_jax.output_folder import OutputFolder, Row
 
-INTERRUPTED = 130
-_SMALLER = "take a smaller --height and --width, a --batch-size of 1 or --dtype bfloat16."
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 2 for unusable input, 3 for a photo without a face, 130 if interrupted."""
     args = parser().parse_args(argv)
-    try:
-        with _messages_as_lines():
-            run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        if isinstance(error, InputError):
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            print(f"error: The memory is full: {_SMALLER}", file=sys.stderr)
-            return InputError.exit_code
-        print(f"error: {type(error).__name__}: {error} (this is a defect; --debug shows where)", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(
+        lambda: run(args),
+        debug=args.debug,
+        interrupted="the same command goes on from here.",
+        smaller="take a smaller --height and --width, a --batch-size of 1 or --dtype bfloat16.",
+    )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Check all that can be checked, then load, encode, denoise and save."""
     prompts = read_prompts(args)
     check_options(args)
@@ -62,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{total} = {len(rows) * folder.columns} images, {len(todo) * folder.columns} of them to be drawn.")
     if args.dry_run:
         print(f"Dry run: no weights were loaded and nothing was written to {args.output_dir}.")
-        return
+        return 0
     folder.prepare(rows)
     if args.save_aligned:
         save_aligned(faces, folder.path)
@@ -71,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         draw(pipe, encode(pipe, args, faces), args, todo, folder)
     heads = _pictures(faces) if folder.columns == len(faces) else []
     print(f"Done: {', '.join(map(str, folder.finish(rows, heads)))}")
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -278,16 +263,6 @@ def _naming(photo: str) -> Iterator[None]:
             raise InputError(f"{photo}: {error}") from None
     for warning in caught:
         print(f"warning: {photo}: {warning.message}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _messages_as_lines() -> Iterator[None]:
-    """Warnings and log messages as one line each, for a person to read."""
-    logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-        yield
 
 
 if __name__ == "__main__":

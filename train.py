@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from infinite_id_jax.command_line import exit_code
 from infinite_id_jax.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from infinite_id_jax.training.state import TrainState
     from infinite_id_jax.weights.folder import StableDiffusionXL
 
-INTERRUPTED = 130
 CLIP_TOKENS = 257  # of an image in ViT-H/14 and ViT-bigG/14 at 224 px, for --dry-run
 _SMALLER = "raise optimizer.accumulate, take method.remat=all, or divide the base with model.sharded=True."
 
@@ -32,22 +31,8 @@ _SMALLER = "raise optimizer.accumulate, take method.remat=all, or divide the bas
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: 0 when done, 2 for unusable input, 4 if the loss diverged, 130 or 143 if stopped."""
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command goes on from the newest checkpoint.", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        if isinstance(error, InputError):
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            print(f"error: The memory is full: {_SMALLER}", file=sys.stderr)
-            return InputError.exit_code
-        print(f"error: {type(error).__name__}: {error} (this is a defect; --debug shows where)", file=sys.stderr)
-        return 1
+    interrupted = "the same command goes on from the newest checkpoint."
+    return exit_code(lambda: run(args), debug=args.debug, interrupted=interrupted, smaller=_SMALLER)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -164,7 +149,7 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
                 code = signals.exit_code(taken)
                 save = code is not None or taken == run.steps or taken % run.checkpoint_every == 0
                 check = _due(run.validate_every, taken)
-                held_out = program.validate(state.adapter, feeds.held_out()) if check else None
+                held_out = program.validate(state.result, feeds.held_out()) if check else None
                 cost = {"waited": waited, "flops": program.flops(batch)}
                 failed_at = logs.add(taken, metrics, **cost, now=save or check, held_out=held_out)
                 if failed_at is not None:
@@ -300,7 +285,7 @@ def save_result(model: Model, state: "TrainState", folder: Path) -> None:
     from infinite_id_jax.sharding import gathered
     from infinite_id_jax.weights.adapter import save_adapter
 
-    arrays = gathered(state.adapter if state.ema is None else state.ema)
+    arrays = gathered(state.result)
     if jax.process_index() == 0:
         adapter = model.objective.adapter(arrays)
         save_adapter(adapter, folder)
@@ -324,10 +309,10 @@ def draw_samples(
     records = [dataset[i] for i in sorted(first.values())[: config.run.sample_people]]
     cached = dataset.spec.id_features == "cached"
     feature = "clip_hidden_states" if cached else "clip_crop"
-    stacked = {feature: np.stack([getattr(record, feature) for record in records])}
+    stacked = {feature: jax.numpy.asarray(np.stack([getattr(record, feature) for record in records]))}
     hidden = gathered(hidden_states(model.objective, model.frozen, stacked))
     people = [FaceFeatures(states, record.face_embedding) for states, record in zip(hidden, records, strict=True)]
-    adapter = model.objective.adapter(gathered(state.adapter if state.ema is None else state.ema))
+    adapter = model.objective.adapter(gathered(state.result))
     crops, prompts = [record.clip_crop for record in records], config.run.sample_prompts
     if model.base is None:
         raise ValueError("Samples need the whole base.")

@@ -6,12 +6,11 @@ Random weights: for a look at the machinery only. Model and dataset are written 
 """
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 
 from configs.base import DataConfig, ModelConfig, RunConfig, TrainConfig
 from examples.tiny_sdxl import UNET, VISION
+from infinite_id_jax.files import write_folder
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.training.state import OptimizerConfig
 
@@ -24,11 +23,8 @@ def prepare(folder: Path, config: TrainConfig) -> TrainConfig:
     from examples.tiny_sdxl import write_model
 
     model = Path(config.model.path) if config.model.path else folder / "model"
-    if not model.is_dir():
-        beside = folder / f".model.{os.getpid()}.partial"
-        shutil.rmtree(beside, ignore_errors=True)
-        write_model(beside)
-        beside.rename(model)
+    if not config.model.path:
+        write_folder(model, write_model)
     data = Path(config.data.path) if config.data.path else folder / "data"
     if not config.data.path:
         write_generated(data, model, people=PEOPLE, photos=PHOTOS, size=SIZE, seed=0)

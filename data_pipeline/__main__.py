@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infinite_id_jax.command_line import INTERRUPTED
 from infinite_id_jax.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from data_pipeline.config import PipelineConfig
     from data_pipeline.pipeline import Job
     from data_pipeline.sources import Source
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

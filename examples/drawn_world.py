@@ -4,10 +4,8 @@ The autoencoder's last layer is fitted in closed form and the U-Net is trained f
 frozen base without text is one that has seen missing text. The text and image encoders keep random weights.
 """
 
-import os
 import shutil
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +24,7 @@ from examples import tiny_sdxl
 from infinite_id_jax.conditioning import encode_text
 from infinite_id_jax.diffusion.loss import add_noise, squared_error
 from infinite_id_jax.diffusion.schedule import alphas_cumprod
-from infinite_id_jax.files import save_json
+from infinite_id_jax.files import save_json, write_folder
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel
 from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig, UNetConfig, VAEConfig
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
@@ -80,19 +78,9 @@ def write_world(folder: Path, *, people: int, photos: int, training: BaseTrainin
         shutil.copytree(untrained, beside)
         save_weights(train_base(untrained, data, training, seed), beside / "unet" / "model.safetensors")
 
-    _write_whole(untrained, lambda beside: _write_untrained(beside, seed))
+    write_folder(untrained, lambda beside: _write_untrained(beside, seed))
     write_generated(data, untrained, people=people, photos=photos, size=SIZE, seed=seed, radius=HEADS)
-    _write_whole(folder / "model", write_trained)
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `folder` written under another name first, unless it is there."""
-    if folder.is_dir():
-        return
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    write(beside)
-    beside.rename(folder)
+    write_folder(folder / "model", write_trained)
 
 
 def _write_untrained(folder: Path, seed: int) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import train
 from configs.base import load_config
 from examples.drawn_world import BaseTraining, write_world
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.command_line import exit_code
 from infinite_id_jax.files import replacing
 from infinite_id_jax.sharding import make_mesh
 from infinite_id_jax.training.state import adapter_arrays
@@ -164,14 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/learning_check"))
     folder = parser.parse_args(argv).folder
-    try:
-        verdict = check(folder, Sizes())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command goes on from there.", file=sys.stderr)
-        return train.INTERRUPTED
+    interrupted, smaller = "the same command goes on from there.", "close other programs."
+    return exit_code(lambda: judge(folder), debug=False, interrupted=interrupted, smaller=smaller)
+
+
+def judge(folder: Path) -> int:
+    """Run the check and say how it went."""
+    verdict = check(folder, Sizes())
     print(verdict, f"The curves: {folder / 'learning_check.svg'}", sep="\n")
     if not verdict.passed:
         print("error: This training has not learned what it must.", file=sys.stderr)

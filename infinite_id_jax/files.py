@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,23 @@ def replacing(path: Path) -> Iterator[Path]:
         # Where the folder itself is unusable there is nothing to remove, and the error above says so.
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder beside, renamed onto `folder` at the end; does nothing where that is there already.
+
+    What an earlier process left half-written is overwritten. Raises InputError for what the disk refuses.
+    """
+    if folder.is_dir():
+        return
+    beside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        write(beside)
+        beside.rename(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{folder} cannot be written ({reason}): free some space or choose another place.") from None
 
 
 def save_json(content: dict[str, Any], path: Path) -> None:

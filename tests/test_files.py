@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.files import fingerprint, replacing, save_json
+from infinite_id_jax.files import fingerprint, replacing, save_json, write_folder
 from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_png, thumbnail, watermark
 from infinite_id_jax.output_folder import OutputFolder, Row
 from tests import photos
@@ -34,6 +34,31 @@ def test_a_file_that_fails_halfway_leaves_the_old_one(tmp_path, failure):
         write()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert names(tmp_path) == {"a.txt"}
+
+
+def test_a_folder_that_was_left_halfway_is_made_anew_and_a_whole_one_kept(tmp_path):
+    folder = tmp_path / "model"
+
+    def fail(beside: Path) -> None:
+        beside.mkdir()
+        (beside / "half").touch()
+        raise KeyboardInterrupt
+
+    def make(beside: Path) -> None:
+        assert not beside.exists()
+        beside.mkdir()
+        (beside / "whole").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, fail)
+    assert not folder.exists()
+    write_folder(folder, make)
+    write_folder(folder, fail)  # is not called
+    assert names(folder) == {"whole"}
+    assert names(tmp_path) == {"model"}
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        write_folder(tmp_path / "file" / "model", lambda beside: beside.mkdir())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")

@@ -15,6 +15,7 @@ ALLOWED = {
     "errors": set(),
     "typing": set(),
     "files": GROUND,
+    "command_line": GROUND,
     "sharding": GROUND,
     "stable_diffusion": GROUND,
     "diffusion": GROUND,
@@ -34,8 +35,8 @@ ALLOWED = {
 
 
 # The two other packages, of which ours knows nothing.
-DATA = BASE | {"conditioning", "faces", "files", "sharding", "weights"}
-CONFIGS = BASE | {"identity", "training"}
+DATA = BASE | {"command_line", "conditioning", "faces", "files", "sharding", "weights"}
+CONFIGS = BASE | {"files", "identity", "training"}
 
 
 def imports(path: Path) -> set[str]:

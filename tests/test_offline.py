@@ -486,7 +486,7 @@ def test_shards_hold_whole_people_of_one_split():
     train = [shard for shard in shards if shard.split == "train"]
     assert 8 <= len(train) <= 11
     assert sum(bool(shard.photos) for shard in train) >= len(train) - 2
-    assert {shard.split for shard in plan(sources, dataclasses.replace(CONFIG, validation_share=0))} == {"train"}
+    assert {shard.split for shard in plan(sources, dataclasses.replace(CONFIG, validation_share=0.0))} == {"train"}
 
 
 # The benchmark

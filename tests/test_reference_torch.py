@@ -328,7 +328,8 @@ def test_only_the_direction_of_the_face_embedding_counts(adapter):
 def test_unconditional_tokens_belong_to_nobody(adapter):
     tokens = reference.unconditional_tokens(adapter, person(4))
     assert torch.equal(tokens, reference.unconditional_tokens(adapter, person(5)))
-    assert torch.equal(tokens[:257], tokens[:1].expand(257, -1))  # zeros in every place: one token 257 times
+    # Zeros in every place: one token 257 times, but for last bits that depend on how PyTorch divides the rows.
+    torch.testing.assert_close(tokens[:257], tokens[:1].expand(257, -1), rtol=0, atol=1e-6)
     assert tokens.isfinite().all()
 
 

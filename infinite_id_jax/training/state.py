@@ -62,6 +62,11 @@ class TrainState:
     optimizer: Any
     failed_at: Any  # int32, the first step whose loss or gradient was not finite, -1 while there is none
 
+    @property
+    def result(self) -> Arrays:
+        """What the run would leave if it ended here: the average where one is kept."""
+        return self.adapter if self.ema is None else self.ema
+
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW with a constant rate after a linear warm-up, behind the clipping of the gradient."""
