@@ -126,8 +126,11 @@ def to_devices(
 
 def gathered(tree: T) -> T:
     """The arrays of all processes' devices, whole and on the host of every process."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
