@@ -47,6 +47,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{folder} cannot be written ({reason}): free some space or choose another place.") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def save_json(content: dict[str, Any], path: Path) -> None:
@@ -56,19 +58,19 @@ def save_json(content: dict[str, Any], path: Path) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(model: Path) -> str:
     """Tells models apart without reading all of them: 16 hex digits over names, sizes and 16 MiB of each file.
 
-    The parts are spread evenly; files of 16 MiB or less count whole. Looks into the folder and its subfolders, which
-    may be links. Raises InputError for a file that may not be read.
+    The parts are spread evenly; files of 16 MiB or less count whole. Of a folder, looks into it and its subfolders,
+    which may be links. Raises InputError for a file that may not be read.
     """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.suffix not in (".safetensors", ".msgpack", ".json", ".txt") or not path.is_file():
+    for path in [model] if model.is_file() else sorted([*model.glob("*"), *model.glob("*/*")]):
+        if path.suffix not in (".safetensors", ".bin", ".msgpack", ".json", ".txt") or not path.is_file():
             continue
         try:
             size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)}:{size};".encode())
+            digest.update(f"{path.relative_to(model) if path != model else path.name}:{size};".encode())
             with path.open("rb") as file:
                 for part in range(16):
                     file.seek(part * size // 16)

@@ -462,7 +462,7 @@ def test_resolve_takes_a_folder_as_it_is(tmp_path):
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
 
 
-def test_resolve_refuses_what_is_no_folder(tmp_path, monkeypatch):
+def test_resolve_refuses_what_is_no_model(tmp_path, monkeypatch):
     """A mistyped path beside real folders is not asked of the hub, even if it reads like a hub id."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
@@ -471,8 +471,11 @@ def test_resolve_refuses_what_is_no_folder(tmp_path, monkeypatch):
     for source in missing:
         with pytest.raises(InputError, match=f"{source} does not exist: check the path"):
             resolve(source)
-    with pytest.raises(InputError, match="is a file"):
-        resolve("sdxl.safetensors")
+    assert resolve("sdxl.safetensors") == Path("sdxl.safetensors")
+    for name, says in (("sdxl.ckpt", "is a pickle"), ("notes.txt", "is no model")):
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match=f"{name} {says}"):
+            resolve(name)
 
 
 @pytest.mark.parametrize("hub_id", ["nobody/nothing", "nobody/nothing@0123abc"])

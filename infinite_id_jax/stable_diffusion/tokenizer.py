@@ -1,5 +1,6 @@
-"""CLIP's byte-pair tokenizer, from the vocabulary files of a model folder."""
+"""CLIP's byte-pair tokenizer, from the vocabulary files of a model folder or from CLIP's own."""
 
+import gzip
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from infinite_id_jax.typing import Int
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 CONTEXT_LENGTH = 77  # every CLIP text encoder's, where the files do not say
+
+# openai/CLIP's merges (MIT, see NOTICE), of which the first 48,894 make its vocabulary of 49,408 tokens.
+MERGES = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+MERGE_COUNT = 49152 - 256 - 2
 
 # openai/CLIP, simple_tokenizer.py: specials, English contractions, runs of letters, single digits, other symbols.
 WORDS = (
@@ -36,6 +41,7 @@ class CLIPTokenizer:
             raise InputError(f"The vocabulary lacks {', '.join(missing)}: it is not CLIP's, fetch the files again.")
         self.backend = backend
         self.max_length = max_length
+        self.pad_token = pad_token
         self.bos_id, self.eos_id, self.pad_id = ids[BOS], ids[EOS], ids[pad_token]
 
     @classmethod
@@ -50,6 +56,19 @@ class CLIPTokenizer:
             raise error if str(folder) in str(error) else InputError(f"{folder}: {error}") from None
         except Exception as error:  # the Rust library raises bare Exception for damaged files
             raise InputError(f"{folder} holds no readable CLIP tokenizer ({error}): fetch it again.") from None
+
+    @classmethod
+    def of_clip(cls, pad_token: str = EOS) -> "CLIPTokenizer":
+        """The tokenizer of every CLIP trained in English; SDXL's second one pads with "!"."""
+        lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")[1 : MERGE_COUNT + 1]
+        merges = [(left, right) for left, right in map(str.split, lines)]
+        symbols = byte_symbols()
+        tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(merge) for merge in merges), BOS, EOS]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        # `normalized` as in the files of SDXL.
+        flags = {BOS: True, EOS: True} | ({} if pad_token == EOS else {pad_token: False})
+        added = [AddedToken(token, special=True, normalized=normalized) for token, normalized in flags.items()]
+        return cls(_backend(vocabulary, merges, added), pad_token=pad_token, max_length=CONTEXT_LENGTH)
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
         """Token ids as int32 [B, max_length]; raises InputError for text that is not Unicode."""
@@ -76,6 +95,13 @@ class CLIPTokenizer:
         except UnicodeEncodeError:  # what a shell hands over when the bytes are not UTF-8
             raise InputError(f"The text {text!r} is not valid Unicode: write it in UTF-8.") from None
         return self.backend.encode(text, add_special_tokens=False)
+
+
+def byte_symbols() -> list[str]:
+    """The visible character that stands for each byte in byte-level BPE, in the order of CLIP's ids (GPT-2)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = 256 - len(visible)  # the other bytes, which take the first characters above them
+    return [*map(chr, visible), *map(chr, range(256, 256 + hidden))]
 
 
 def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]], added: list[AddedToken]) -> Tokenizer:

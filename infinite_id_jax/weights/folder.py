@@ -1,38 +1,28 @@
-"""A whole SDXL from a folder in diffusers' layout, or from the hub when a hub id is given."""
+"""A whole SDXL from a folder in diffusers' layout, from one file in the original layout, or from the hub."""
 
-import dataclasses
 import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from infinite_id_jax.diffusion.schedule import ScheduleConfig
+from flax import nnx
+
 from infinite_id_jax.errors import InputError, MissingExtraError
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel
-from infinite_id_jax.stable_diffusion.config import (
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    UNetConfig,
-    VAEConfig,
-    read_json,
-)
-from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
+from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig
+from infinite_id_jax.stable_diffusion.tokenizer import EOS, CLIPTokenizer
 from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
 from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
-from infinite_id_jax.weights.load import ShardingRule, load_module
+from infinite_id_jax.weights.load import ShardingRule, abstract, fill, load_module
+from infinite_id_jax.weights.settings import SDXL, Settings, settings_of_folder
+from infinite_id_jax.weights.single_file import check_single_file, marked_schedule, open_parts
 
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+M = TypeVar("M", bound=nnx.Module)
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", *_TOKENIZERS, "scheduler")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+(@[\w.-]+)?")
-
-
-class Settings(NamedTuple):
-    """What a model folder says of itself without its weights."""
-
-    unet: UNetConfig
-    vae: VAEConfig
-    text: tuple[CLIPTextConfig, CLIPTextConfig]
-    schedule: ScheduleConfig
-    zeros_for_no_negative: bool  # negative_prompt=None is zeros rather than an encoded ""
 
 
 class StableDiffusionXL(NamedTuple):
@@ -46,15 +36,19 @@ class StableDiffusionXL(NamedTuple):
 
 
 def resolve(source: str | Path) -> Path:
-    """A local folder as it is, or the local copy of a hub id "owner/name" or "owner/name@revision".
+    """A local folder or file as it is, or the local copy of a hub id "owner/name" or "owner/name@revision".
 
     The hub is asked only for an id whose first part is no local folder. Raises InputError for anything else.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin") and path.exists():
+        raise InputError(f"{source} is a pickle, which can run code: convert it to safetensors.")
     if path.exists():
-        raise InputError(f"{source} is a file: give the model's folder in diffusers' layout.")
+        raise InputError(
+            f"{source} is no model: give a folder in diffusers' layout, or one .safetensors file in the original one."
+        )
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.parent.is_dir():
         raise InputError(f"The model folder {source} does not exist: check the path, or give a hub id owner/name.")
     return _download(source)
@@ -74,77 +68,98 @@ def _download(hub_id: str) -> Path:
         raise InputError(f"{hub_id} is no local folder and the hub did not give it: {reason}") from None
 
 
-def read_settings(folder: Path) -> Settings:
-    """The configurations of an SDXL folder. Raises InputError for a part that is missing or of another family."""
-    missing = [part for part in _PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise InputError(f"{folder} is not a whole SDXL folder in diffusers' layout: {', '.join(missing)} missing.")
-    unet = UNetConfig.from_json(folder / "unet" / "config.json")
-    if unet.addition_embed_type != "text_time":
-        raise InputError(f"{folder} holds no SDXL (its U-Net takes no pooled text): sampling needs an SDXL model.")
-    schedule = folder / "scheduler" / "scheduler_config.json"
-    try:
-        schedule_config = ScheduleConfig.from_dict(read_json(schedule))
-    except InputError as error:
-        raise error if str(schedule) in str(error) else InputError(f"{schedule}: {error}") from None
-    index = folder / "model_index.json"
-    options = read_json(index) if index.exists() else {}
-    return Settings(
-        unet=unet,
-        vae=VAEConfig.from_json(folder / "vae" / "config.json"),
-        text=(
-            CLIPTextConfig.from_json(folder / "text_encoder" / "config.json"),
-            # SDXL's second encoder projects, even where its file does not name its class.
-            dataclasses.replace(
-                CLIPTextConfig.from_json(folder / "text_encoder_2" / "config.json"),
-                architectures=("CLIPTextModelWithProjection",),
-            ),
-        ),
-        schedule=schedule_config,
-        zeros_for_no_negative=options.get("force_zeros_for_empty_prompt", True),
-    )
+def read_settings(model: Path, config: Path | None = None) -> Settings:
+    """The configurations of an SDXL, checked against the header of a file. Raises InputError for another family.
+
+    A file has none of its own: `config` is a folder in diffusers' layout, without weights, that has them. What it
+    does not have, or all of them without it, is SDXL 1.0's.
+    """
+    if model.is_dir():
+        if config is not None:
+            raise InputError(f"{model} is a folder with configurations of its own: leave out {config}.")
+        missing = [part for part in _PARTS if not (model / part).is_dir()]
+        if missing:
+            raise InputError(f"{model} is not a whole SDXL folder in diffusers' layout: {', '.join(missing)} missing.")
+        return settings_of_folder(model)
+    settings = SDXL if config is None else _configured(config)
+    check_single_file(model, settings)
+    scheduled = config is not None and (config / "scheduler").is_dir()
+    return settings if scheduled else settings._replace(schedule=marked_schedule(model))
 
 
-def load_base(folder: Path, *, dtype: str = "float32", sharding: ShardingRule | None = None) -> StableDiffusionXL:
-    """Load all of an SDXL folder; the VAE stays in fp32 where `dtype` is float16, which overflows in it."""
-    settings = read_settings(folder)
+def _configured(config: Path) -> Settings:
+    if not any((config / part).is_dir() for part in _PARTS):
+        raise InputError(
+            f"{config} is no folder with the configurations of a model: it holds none of {', '.join(_PARTS)}."
+        )
+    settings = settings_of_folder(config)
+    for part, encoder, sdxl in zip(_TOKENIZERS, settings.text, SDXL.text, strict=True):
+        if encoder.vocab_size != sdxl.vocab_size and not (config / part).is_dir():
+            raise InputError(f"{config} has a text encoder of {encoder.vocab_size} words: put its {part}/ there too.")
+    return settings
+
+
+def load_base(
+    model: Path, *, config: Path | None = None, dtype: str = "float32", sharding: ShardingRule | None = None
+) -> StableDiffusionXL:
+    """Load all of an SDXL; the VAE stays in fp32 where `dtype` is float16, which overflows in it."""
+    settings = read_settings(model, config)
     return StableDiffusionXL(
         settings,
-        unet=load_unet(folder, settings, dtype=dtype, sharding=sharding),
-        vae=load_vae(folder, settings, dtype="float32" if dtype == "float16" else dtype, sharding=sharding),
-        text_encoders=load_text_encoders(folder, settings, dtype=dtype, sharding=sharding),
-        tokenizers=load_tokenizers(folder),
+        unet=load_unet(model, settings, dtype=dtype, sharding=sharding),
+        vae=load_vae(model, settings, dtype="float32" if dtype == "float16" else dtype, sharding=sharding),
+        text_encoders=load_text_encoders(model, settings, dtype=dtype, sharding=sharding),
+        tokenizers=load_tokenizers(model, config),
     )
 
 
 def load_unet(
-    folder: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
+    model: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
 ) -> UNet2DConditionModel:
-    return load_module(
-        lambda rngs: UNet2DConditionModel(settings.unet, rngs=rngs), folder / "unet", dtype=dtype, sharding=sharding
-    )
+    return _load(lambda rngs: UNet2DConditionModel(settings.unet, rngs=rngs), model, "unet", settings, dtype, sharding)
 
 
 def load_vae(
-    folder: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
+    model: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
 ) -> AutoencoderKL:
-    return load_module(
-        lambda rngs: AutoencoderKL(settings.vae, rngs=rngs), folder / "vae", dtype=dtype, sharding=sharding
-    )
+    return _load(lambda rngs: AutoencoderKL(settings.vae, rngs=rngs), model, "vae", settings, dtype, sharding)
 
 
 def load_text_encoders(
-    folder: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
+    model: Path, settings: Settings, *, dtype: str = "float32", sharding: ShardingRule | None = None
 ) -> tuple[CLIPTextModel, CLIPTextModel]:
     first, second = (
-        load_module(lambda rngs, c=config: CLIPTextModel(c, rngs=rngs), folder / part, dtype=dtype, sharding=sharding)
+        _load(lambda rngs, c=config: CLIPTextModel(c, rngs=rngs), model, part, settings, dtype, sharding)
         for part, config in zip(("text_encoder", "text_encoder_2"), settings.text, strict=True)
     )
     return first, second
 
 
-def load_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    return CLIPTokenizer.from_folder(folder / "tokenizer"), CLIPTokenizer.from_folder(folder / "tokenizer_2")
+def _load(
+    make: Callable[[nnx.Rngs], M],
+    model: Path,
+    part: str,
+    settings: Settings,
+    dtype: str,
+    sharding: ShardingRule | None,
+) -> M:
+    if model.is_dir():
+        return load_module(make, model / part, dtype=dtype, sharding=sharding)
+    with ExitStack() as stack:
+        tensors = open_parts(model, settings, stack)[part]
+        return fill(abstract(make), tensors, name=str(model), dtype=dtype, sharding=sharding)
+
+
+def load_tokenizers(model: Path, config: Path | None = None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """A file has no tokenizers: they are those of `config`, or CLIP's, of which the second pads with "!"."""
+    folder = model if model.is_dir() else config
+    first, second = (
+        CLIPTokenizer.from_folder(folder / part)
+        if folder is not None and (folder / part).is_dir()
+        else CLIPTokenizer.of_clip(pad_token)
+        for part, pad_token in zip(_TOKENIZERS, (EOS, "!"), strict=True)
+    )
+    return first, second
 
 
 def load_image_encoder(

@@ -7,6 +7,7 @@ tensor beside what the devices hold. Every missing, surplus or mis-shaped key is
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -18,7 +19,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from infinite_id_jax.errors import InputError
+from infinite_id_jax.weights import checksum
+from infinite_id_jax.weights.causes import looks_like
 from infinite_id_jax.weights.keys import Entry, current_key, flax_key, key_map
+from infinite_id_jax.weights.pickles import SUFFIXES as PICKLES
+from infinite_id_jax.weights.pickles import open_pickle
 
 M = TypeVar("M", bound=nnx.Module)
 ShardingRule = Callable[[str, tuple[int, ...]], Sharding]
@@ -40,6 +45,8 @@ class _SafeTensor:
         self.shape = tuple(self._slice.get_shape())
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        if self._slice.get_dtype().startswith("F8"):  # for which numpy has no type
+            raise InputError(f"{self._path}: {self._name} has 8-bit numbers: use the version in fp16 or fp32.")
         try:
             return np.asarray(self._slice[index if index else ...])
         except (SafetensorError, OSError) as error:
@@ -52,6 +59,19 @@ class _InMemory:
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         return self._array[index]
+
+
+class Tensors(dict[str, Tensor]):
+    """{today's PyTorch key: tensor} of one or more files, and how to find out whether they are as they were written."""
+
+    def __init__(self):
+        super().__init__()
+        self.checks: list[Callable[[], None]] = []
+
+    def verify(self) -> None:
+        """Read each file that carries a checksum once, one tensor at a time. Raises InputError if it is damaged."""
+        for check in self.checks:
+            check()
 
 
 class _OneKey(nnx.Rngs):
@@ -93,6 +113,8 @@ def fill(
     """Give every leaf of `module` its array from `tensors`; `name` stands for the source in errors."""
     entries = key_map(module)
     check_keys({entry.key: entry.shape for entry in entries.values()}, tensors, name)
+    if isinstance(tensors, Tensors):
+        tensors.verify()
     place = sharding or (lambda key, shape: SingleDeviceSharding(jax.devices()[0]))
     graph, state = nnx.split(module)
     flat = dict(nnx.to_flat_state(state))
@@ -131,8 +153,10 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tens
         if keys
     ]
     if listed:
+        kind = looks_like({key: tensor.shape for key, tensor in found.items()})
         raise InputError(
-            f"{name} does not fit its model: {'; '.join(listed)}. Use weights that belong to this configuration."
+            f"{name} does not fit its model: {'; '.join(listed)}. "
+            f"Use weights that belong to this configuration{f': this looks like {kind}' if kind else ''}."
         )
 
 
@@ -150,17 +174,24 @@ def _to_device(tensor: Tensor, entry: Entry, shape: tuple[int, ...], where: Shar
     return jax.make_array_from_callback(shape, where, part)
 
 
-def open_tensors(source: Path, stack: ExitStack) -> dict[str, Tensor]:
+def open_tensors(source: Path, stack: ExitStack) -> Tensors:
     """{today's PyTorch key: tensor} of a weight file, or of the weights in a folder."""
     source = find_weights(source) if source.is_dir() else source
     if not source.is_file():
         raise InputError(f"{source} is missing: check the path.")
     if source.name.endswith(".msgpack"):
         return _open_msgpack(source)
+    tensors = Tensors()
+    if source.suffix in PICKLES:
+        named = {current_key(name): tensor for name, tensor in open_pickle(source).items()}
+        tensors.update({key: tensor for key, tensor in named.items() if key is not None})
+        return tensors
     paths = _shards(source) if source.name.endswith(".json") else [source]
-    tensors: dict[str, Tensor] = {}
     for path in paths:
         file = _open_safetensors(path, stack)
+        digest = (file.metadata() or {}).get(checksum.FIELD)
+        if digest is not None:
+            tensors.checks.append(partial(checksum.verify, path, digest, file.keys(), file.get_tensor))
         for name in file.keys():  # noqa: SIM118  (not a dict)
             key = current_key(name)
             if key is not None:
@@ -178,7 +209,7 @@ def find_weights(folder: Path) -> Path:
     for name in ("diffusion_flax_model.msgpack", "flax_model.msgpack"):
         if (folder / name).exists():
             return folder / name
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise InputError(f"{folder} holds only a pickle ({pickles[0]}), which can run code: convert it to safetensors.")
     raise InputError(
@@ -205,7 +236,7 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Any:
         raise InputError(f"{path} is not a whole safetensors file ({error}): fetch it again.") from None
 
 
-def _open_msgpack(path: Path) -> dict[str, Tensor]:
+def _open_msgpack(path: Path) -> Tensors:
     """Flax's format holds one tree, so this one way of loading does take a full copy in host memory."""
     from flax import serialization, traverse_util
 
@@ -214,8 +245,12 @@ def _open_msgpack(path: Path) -> dict[str, Tensor]:
         flat = traverse_util.flatten_dict(tree, sep="/")
     except Exception as error:  # msgpack raises its own zoo of exceptions on damaged bytes
         raise InputError(f"{path} is not a whole Flax checkpoint ({error}): fetch it again.") from None
-    named = {flax_key(key): _InMemory(_from_flax(key, array)) for key, array in flat.items()}
-    return {key: tensor for key, tensor in named.items() if key is not None}
+    tensors = Tensors()
+    for key, array in flat.items():
+        name = flax_key(key)
+        if name is not None:
+            tensors[name] = _InMemory(_from_flax(key, array))
+    return tensors
 
 
 def _from_flax(key: str, array: Any) -> np.ndarray:
