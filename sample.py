@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import json
 import os
 import sys
 import warnings
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     faces = find_faces(args)
     model = find_model(args, faces)
-    report_cut_words(model, [*prompts, args.negative_prompt or ""])
+    report_cut_words(args, model, [*prompts, args.negative_prompt or ""])
     folder, rows = plan(args, model, prompts, faces)
     todo = folder.missing(rows, overwrite=args.overwrite)
     total = f"{len(prompts)} prompts x {args.num_images} seeds x {folder.columns} identities"
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder.prepare(rows)
     if args.save_aligned:
-        save_aligned(faces, folder.path)
+        save_aligned(faces, Path(args.adapter), folder.path)
     if todo:
         pipe = load_pipeline(args, model)
         draw(pipe, encode(pipe, args, faces), args, todo, folder)
@@ -65,8 +66,14 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", action="append", help="what to draw; repeatable")
     prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
     p.add_argument("--output-dir", required=True, metavar="DIR", help="for the PNGs, grid.png and manifest.json")
-    p.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="SDXL folder, or owner/name[@revision]")
-    p.add_argument("--adapter", required=True, metavar="PATH", help="adapter folder")
+    p.add_argument(
+        "--model", required=True, metavar="PATH|HUB_ID", help="SDXL folder or single file, or owner/name[@revision]"
+    )
+    p.add_argument("--model-config", metavar="DIR", help="configurations of a single file that are not SDXL 1.0's")
+    p.add_argument(
+        "--lora", action="append", type=_lora, default=[], metavar="FILE[=SCALE]", help="LoRA for the model; repeatable"
+    )
+    p.add_argument("--adapter", required=True, metavar="PATH", help="adapter folder, or a published file")
     p.add_argument("--image-encoder", metavar="PATH", help="CLIP image encoder (default: image_encoder/ of the model)")
     p.add_argument("--negative-prompt", help='what not to draw (default: zero embeddings; "" is encoded)')
     p.add_argument("--num-images", type=int, default=1, metavar="N", help="per prompt, with seeds SEED, SEED+1, ...")
@@ -97,12 +104,21 @@ def parser() -> argparse.ArgumentParser:
     face.add_argument("--save-aligned", action="store_true", help="also save the aligned crops of the photos")
 
     method = p.add_argument_group("method")
+    method.add_argument(
+        "--streams", default="two", help="two (Infinite-ID), or one: as published IP-Adapters sample (default two)"
+    )
     method.add_argument("--attention", default="mixed", help="mixed, mutual or off (default mixed)")
     method.add_argument("--style-merge", default="none", help="none, adain_mean (for style prompts) or adain")
     method.add_argument("--text-stream", default="own", help="own or shared latents (default own)")
     method.add_argument("--pooled-text", default="prompt", help="prompt or zeros, in the identity stream")
     method.add_argument("--no-cross-merge", action="store_true", help="keep text out of the identity's cross-attention")
-    method.add_argument("--id-scale", type=float, default=1.0, help="weight of the identity (default 1)")
+    method.add_argument(
+        "--id-scale",
+        type=_id_scale,
+        default=1.0,
+        metavar="X|JSON",
+        help='weight of the identity (default 1), or of single blocks as {"up": {"block_0": [0, 1, 0]}}',
+    )
     method.add_argument("--text-scale", type=float, default=1.0, help="weight of the text (default 1)")
     method.add_argument("--step-range", type=_range, default=(0, None), metavar="A:B", help="steps of mixed attention")
     method.add_argument("--layer-range", type=_range, default=(0, None), metavar="A:B", help="its layers, in order")
@@ -115,6 +131,28 @@ def _range(text: str) -> tuple[int, int | None]:
         return int(first or 0), int(last) if last else None
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, A: or :B") from None
+
+
+def _id_scale(text: str) -> float | dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if isinstance(value, dict):
+        return value
+    try:
+        return float(value)
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a JSON object of blocks") from None
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A path may hold a "=" of its own; a scale is a number after the last one."""
+    file, equals, scale = text.rpartition("=")
+    try:
+        return (file, float(scale)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def find_faces(args: argparse.Namespace) -> list["ExtractedFace"]:
@@ -148,6 +186,8 @@ def plan(
         "id_mode": args.id_mode,
         "id_weights": args.id_weights,
         "model": fingerprint(model),
+        "model_config": None if args.model_config is None else fingerprint(Path(args.model_config)),
+        "lora": {fingerprint(Path(file)): scale for file, scale in args.lora},
         "adapter": fingerprint(Path(args.adapter)),
         "image_encoder": fingerprint(image_encoder_folder(args, model)),
         "faces": [_digest(face) for face in faces],
@@ -162,6 +202,7 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
     from infinite_id_jax.identity.config import Switches
 
     variant = {
+        "streams": args.streams,
         "attention": args.attention,
         "style_merge": args.style_merge,
         "cross_merge": not args.no_cross_merge,
@@ -180,7 +221,13 @@ def load_pipeline(args: argparse.Namespace, model: Path) -> "InfiniteIDPipeline"
 
     print(f"Loading {args.model} and the adapter {args.adapter} ...")
     return InfiniteIDPipeline.from_pretrained(
-        model, args.adapter, dtype=_dtype(args), mesh=args.mesh, image_encoder=args.image_encoder
+        model,
+        args.adapter,
+        dtype=_dtype(args),
+        mesh=args.mesh,
+        image_encoder=image_encoder_folder(args, model),
+        config=args.model_config,
+        lora=dict(args.lora),
     )
 
 
@@ -228,14 +275,17 @@ def draw(
                 folder.save(row, images[p * len(identities) : (p + 1) * len(identities)])
 
 
-def save_aligned(faces: list["ExtractedFace"], folder: Path) -> None:
+def save_aligned(faces: list["ExtractedFace"], adapter: Path, folder: Path) -> None:
     """The crops that the two encoders saw."""
     from PIL import Image
 
     from infinite_id_jax.files import replacing
+    from infinite_id_jax.weights.adapter import read_adapter_config
 
+    tight = read_adapter_config(adapter).needs.arcface_crop
     for i, face in enumerate(faces):
-        for name, crop in (("clip", face.clip_crop), ("recogniser", face.recogniser_crop)):
+        seen = face.arcface_crop if tight else face.clip_crop
+        for name, crop in (("clip", seen), ("recogniser", face.recogniser_crop)):
             with replacing(folder / f"aligned{i}-{name}.png") as beside:
                 Image.fromarray(crop).save(beside, format="png")
 

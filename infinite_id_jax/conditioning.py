@@ -1,5 +1,6 @@
 """What goes into and comes out of the denoising loop: noise, text, faces, pixels. Each is one compiled function."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.clip_vision import VisionOutput
 from infinite_id_jax.typing import Array, Float, Int, UInt
+
+MAX_SEED = 2**32 - 1
 
 Split = tuple[nnx.GraphDef, Any]
 """A module as `nnx.split` gives it: its structure, which is compiled in, and its arrays."""
@@ -19,6 +23,25 @@ Split = tuple[nnx.GraphDef, Any]
 def seeded_noise(seeds: UInt[Array, " P"] | np.ndarray, shape: tuple[int, int, int]) -> Float[Array, "P h w c"]:
     """Unit normal noise, each row from its own seed: a row is the same in any batch."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+
+
+def initial_noise(
+    count: int, shape: tuple[int, int, int], seed: int | Sequence[int], latents: np.ndarray | Array | None
+) -> Float[Array, "P h w c"]:
+    """Unit normal noise of `count` prompt rows; always a fresh buffer, because sampling donates it.
+
+    Raises InputError for latents of another shape, and for seeds that are out of range or not one for each row.
+    """
+    if latents is not None:
+        if np.shape(latents) != (count, *shape):
+            raise InputError(f"latents have shape {list(np.shape(latents))}; {[count, *shape]} is needed.")
+        return jnp.array(latents, jnp.float32, copy=True)
+    seeds = [seed + row for row in range(count)] if isinstance(seed, int | np.integer) else list(seed)
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds for {count} prompts: give one number, or one for each prompt.")
+    if not all(0 <= s <= MAX_SEED for s in seeds):
+        raise InputError(f"Seeds lie between 0 and {MAX_SEED}: choose another than {seed}.")
+    return seeded_noise(np.asarray(seeds, np.uint32), shape)
 
 
 def time_ids(height: int, width: int) -> Float[np.ndarray, "6"]:
@@ -44,16 +67,14 @@ def encode_crops(model: Split, pixels: Float[Array, "B H W 3"]) -> VisionOutput:
     return _apply(model[0], model[1], pixels)
 
 
-def map_features(
-    adapter: Split, hidden_states: Float[Array, "B L C"], embedding: Float[Array, "B E"]
-) -> Float[Array, "B K D"]:
-    """Face features to identity tokens (Infinite-ID Eq. 4)."""
-    return _apply(adapter[0], adapter[1], hidden_states, embedding)
+def map_features(adapter: Split, features: Any) -> Float[Array, "B K D"]:
+    """A batch of FaceFeatures to identity tokens (Infinite-ID Eq. 4)."""
+    return _apply(adapter[0], adapter[1], features)
 
 
 @partial(jax.jit, static_argnums=0)
-def _apply(graph: Any, state: Any, *inputs: Array) -> Any:
-    return nnx.merge(graph, state)(*inputs)
+def _apply(graph: Any, state: Any, inputs: Any) -> Any:
+    return nnx.merge(graph, state)(inputs)
 
 
 def decode(vae: Split, latents: Float[np.ndarray, "B h w c"], rows: int) -> Float[np.ndarray, "B H W 3"]:

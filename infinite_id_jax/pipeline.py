@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,40 +22,36 @@ from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import FaceBackend
 from infinite_id_jax.identity import encoder
 from infinite_id_jax.identity.config import Switches
-from infinite_id_jax.identity.inject import IdentityAdapter, inject
+from infinite_id_jax.identity.features import FaceFeatures
+from infinite_id_jax.identity.inject import IdentityAdapter, block_names, inject
+from infinite_id_jax.identity.scales import layer_scales
 from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_streams
 from infinite_id_jax.sharding import batch_sharding, gathered, make_mesh, parameter_sharding
-from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess, resize_and_crop
+from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, VisionOutput, preprocess, resize_and_crop
+from infinite_id_jax.stable_diffusion.low_rank import set_lora_scale
 from infinite_id_jax.stable_diffusion.tokenizer import unseen_words
 from infinite_id_jax.typing import Array, Float
 from infinite_id_jax.weights.adapter import load_adapter, read_adapter_config, save_adapter
 from infinite_id_jax.weights.folder import StableDiffusionXL, load_base, load_image_encoder, read_settings, resolve
+from infinite_id_jax.weights.lora import attach_lora, read_lora
+from infinite_id_jax.weights.lora import merge_lora as merge_lora_into
 
 DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = ("pil", "numpy", "latent")
-MAX_SEED = 2**32 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class FaceFeatures:
-    """Precomputed features of one face: CLIP hidden states [tokens, clip_dim] and the recogniser's [face_dim]."""
-
-    clip_hidden_states: np.ndarray | Array
-    face_embedding: np.ndarray | Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """One person (or a mixture) as identity tokens c_id [K, D]; `face` where it came from a photo."""
+    """One person (or a mixture) as identity tokens c_id [K, D], and nobody as as many; `face` if of a photo."""
 
     tokens: Float[Array, "K D"]
+    unconditional: Float[Array, "K D"]  # for guidance (METHOD row 11)
     face: ExtractedFace | None = None
-    people: int = 1  # whose tokens stand side by side
 
 
 class Output(NamedTuple):
-    """P x M images in prompt-major order (p * M + m), and where both streams ended."""
+    """P x M images in prompt-major order (p * M + m), and where both streams ended (None for what there is not)."""
 
     images: list[PILImage.Image] | Float[np.ndarray, "B H W 3"] | None
     latents: Float[np.ndarray, "B h w c"]
@@ -83,6 +79,7 @@ class InfiniteIDPipeline:
         self._tokenizers = base.tokenizers
         self._text_encoders = [nnx.split(model) for model in base.text_encoders]
         self._vae = nnx.split(base.vae)
+        self._blocks = block_names(base.unet)
         if adapter is not None:
             inject(base.unet, adapter)
         self._unet = nnx.split(base.unet)
@@ -99,11 +96,18 @@ class InfiniteIDPipeline:
         mesh: str | Mapping[str, int] | Mesh | None = None,
         image_encoder: str | PathLike[str] | None = None,
         faces: str | FaceBackend = "auto",
+        config: str | PathLike[str] | None = None,
+        lora: str | PathLike[str] | Mapping[str, float] | None = None,
+        merge_lora: bool = True,
     ) -> "InfiniteIDPipeline":
-        """Load an SDXL folder (diffusers' layout) or hub id, and an adapter folder; without one, text-to-image only.
+        """Load an SDXL folder (diffusers' layout), single file (CompVis' layout) or hub id, and an adapter.
 
+        adapter: a folder of ours, or a published IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus file, which is
+        known by its keys; without one, text-to-image only.
         mesh: "data=1,fsdp=1,tensor=1", a mapping, a Mesh, or None for one device. image_encoder: the folder of the
-        CLIP image encoder if it is not `image_encoder/` in the base. Raises InputError for what cannot be used.
+        CLIP image encoder if it is not `image_encoder/` in the base. config: a folder with the configurations of a
+        single file that are not SDXL 1.0's. lora: a LoRA file for the base, or {file: scale}; with merge_lora=False
+        it stays beside the weights and `set_lora_scale` changes it. Raises InputError for what cannot be used.
         """
         if dtype not in DTYPES:
             raise InputError(f"Unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
@@ -111,17 +115,19 @@ class InfiniteIDPipeline:
             raise InputError("float16 does not run on a CPU: take float32 or bfloat16.")
         device_mesh = make_mesh(mesh)
         sharding = None if device_mesh is None else parameter_sharding(device_mesh)
-        folder = resolve(base if isinstance(base, str) else Path(base))
+        model = resolve(base if isinstance(base, str) else Path(base))
+        settings = None if config is None else Path(config)
         if adapter is not None:  # before anything large is read
-            read_adapter_config(Path(adapter)).check_fits(read_settings(folder).unet.cross_attention_dim)
-        model = load_base(folder, dtype=dtype, sharding=sharding)
-        loaded = None
-        if adapter is not None:
-            loaded = load_adapter(Path(adapter), model.unet, dtype=dtype, sharding=sharding)
-        vision = Path(image_encoder) if image_encoder is not None else folder / "image_encoder"
+            width = read_settings(model, settings).unet.cross_attention_dim
+            read_adapter_config(Path(adapter)).check_fits(width)
+        loaded = load_base(model, config=settings, dtype=dtype, sharding=sharding)
+        for file, scale in _loras(lora).items():
+            update = read_lora(Path(file), loaded)
+            loaded = merge_lora_into(loaded, update, scale) if merge_lora else attach_lora(loaded, update, file, scale)
+        vision = Path(image_encoder or (model if model.is_dir() else model.parent) / "image_encoder")
         return cls(
-            model,
             loaded,
+            None if adapter is None else load_adapter(Path(adapter), loaded.unet, dtype=dtype, sharding=sharding),
             mesh=device_mesh,
             faces=faces,
             image_encoder=lambda: load_image_encoder(vision, dtype=dtype, sharding=sharding),
@@ -145,6 +151,14 @@ class InfiniteIDPipeline:
         """Write `adapter_config.json` and `adapter.safetensors` (PyTorch layout), bit-exact on a round trip."""
         save_adapter(self._require_adapter(), Path(folder))
 
+    def set_lora_scale(self, file: str | PathLike[str], scale: float) -> None:
+        """Another strength of a LoRA that was loaded with merge_lora=False; compiles nothing.
+
+        Raises InputError if there is none of that name.
+        """
+        parts = [self._unet, *self._text_encoders]
+        self._unet, *self._text_encoders = set_lora_scale(parts, fspath(file), scale)
+
     def encode_identity(
         self,
         source: str | PathLike[str] | PILImage.Image | np.ndarray | ExtractedFace | FaceFeatures,
@@ -157,23 +171,30 @@ class InfiniteIDPipeline:
         """
         adapter = self._require_adapter()
         if isinstance(source, FaceFeatures):
-            return Identity(self._tokens(source))
+            return self._identity(source)
         if isinstance(source, ExtractedFace):
             face = source
         else:
             adapter.config.check_recogniser(self.faces.name, self.faces.embedding_dim)
             face = extract_face(open_photo(source), self.faces, face_index=face_index)
-        hidden = self._clip_hidden_states(face.clip_crop)
-        return Identity(self._tokens(FaceFeatures(hidden, face.embedding)), face)
+        needs = adapter.config.needs
+        if not needs.clip_dim:
+            return self._identity(FaceFeatures(face_embedding=face.embedding), face)
+        crop = face.arcface_crop if needs.arcface_crop else face.clip_crop
+        fitted = resize_and_crop(PILImage.fromarray(crop), self.image_encoder.config.image_size)
+        seen = self._see(preprocess(fitted[None]))
+        hidden = seen.penultimate if needs.clip_layer == "penultimate" else seen.last_hidden_state
+        return self._identity(FaceFeatures(hidden[0], face.embedding, seen.image_embeds[0]), face)
 
     def mix_identities(self, identities: Sequence[Identity], weights: Sequence[float] | None = None) -> Identity:
         """Several people as one: their tokens side by side, or with weights their weighted sum (A.7)."""
-        tokens = [identity.tokens for identity in identities]
-        if not tokens:
+        if not identities:
             raise InputError("There is no identity to mix: give at least one.")
+        people = [identity.tokens for identity in identities]
+        nobody = [identity.unconditional for identity in identities]
         if weights is not None:
-            return Identity(encoder.interpolate(tokens, weights), people=identities[0].people)
-        return Identity(encoder.mix(tokens), people=sum(identity.people for identity in identities))
+            return Identity(encoder.interpolate(people, weights), encoder.interpolate(nobody, weights))
+        return Identity(encoder.mix(people), encoder.mix(nobody))
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that the text encoders do not see, "" if all of it fits."""
@@ -193,10 +214,11 @@ class InfiniteIDPipeline:
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | Array | None = None,
         scheduler: str = "ddim",
+        streams: str = "two",
         style_merge: str = "none",
         attention: str = "mixed",
         cross_merge: bool = True,
-        id_scale: float = 1.0,
+        id_scale: float | Mapping[str, Any] = 1.0,
         text_scale: float = 1.0,
         text_stream: str = "own",
         pooled_text: str = "prompt",
@@ -210,19 +232,25 @@ class InfiniteIDPipeline:
         seed: prompt row p starts from the noise of seed + p, or of seed[p]; or from latents[p] of [P, h, w, c], unit
         normal. guidance_scale of 1 or less turns guidance off and halves the work. negative_prompt None is zero
         embeddings, "" is encoded. step_range and layer_range (end exclusive) bound where `attention` applies; see
-        `Switches` for the variants. output: pil, numpy (floats in [0, 1]) or latent (no decoding).
-        progress: called with the number of finished steps. Raises InputError for values that cannot be used.
+        `Switches` for the variants. streams: two is Infinite-ID, one the published IP-Adapters' own way of sampling.
+        id_scale: a number, or numbers by block in the form of diffusers' `set_ip_adapter_scale`.
+        output: pil, numpy (floats in [0, 1]) or latent (no decoding). progress: called with the number of finished
+        steps. Raises InputError for values that cannot be used.
         """
         prompts = _checked_prompts(prompts)
         people = [identities] if isinstance(identities, Identity) else list(identities or ())
-        switches = Switches(attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range)
+        switches = Switches(
+            streams, attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range
+        )
         if output not in OUTPUTS:
             raise InputError(f"Unknown output {output!r}: choose from {', '.join(OUTPUTS)}.")
         shape = self._latent_shape(height, width, latents)
         factor = self.settings.vae.downscale
         halves = 1 if guidance_scale <= 1 else 2
-        shared = switches.text_stream == "shared" and people
-        layout = Layout(len(prompts) * len(people), 1, halves) if shared else Layout(len(prompts), len(people), halves)
+        single, shared = bool(people) and streams == "one", bool(people) and text_stream == "shared"
+        layout = Layout(len(prompts), len(people), halves)
+        if single or shared:
+            layout = Layout(len(prompts) * len(people), 0 if single else 1, halves)
         self._progress = progress
         program = Program(
             unet=self._unet[0],
@@ -233,22 +261,27 @@ class InfiniteIDPipeline:
             batch=None if self.mesh is None else batch_sharding(self.mesh),
             report=self._report if progress is not None else None,
         )
-        noise = self._noise(len(prompts), shape, seed, latents)
-        streams = self._sample(
+        noise = conditioning.initial_noise(len(prompts), shape, seed, latents)
+        ended = self._sample(
             program,
             self._unet[1],
-            noise=jnp.repeat(noise, len(people), axis=0) if shared else noise,
+            noise=jnp.repeat(noise, len(people), axis=0) if single or shared else noise,
             text=self._encode_prompts(prompts, negative_prompt, halves),
             identity=self._identity_tokens(people, halves),
             time_ids=conditioning.time_ids(shape[0] * factor, shape[1] * factor),
-            controls=Controls(*(np.float32(x) for x in (guidance_scale, guidance_rescale, id_scale, text_scale))),
+            controls=Controls(
+                np.float32(guidance_scale),
+                np.float32(guidance_rescale),
+                layer_scales(self._blocks, id_scale),
+                np.float32(text_scale),
+            ),
             trajectory=trajectory(scheduler, self.settings.schedule, steps),
         )
         if progress is not None:
             jax.effects_barrier()  # a late report would move the next call's bar
-        streams = gathered(streams)
-        final = streams.identity if people else streams.text
-        return Output(self._images(final, output), final, streams.text)
+        ended = gathered(ended)
+        final = ended.identity if people else ended.text
+        return Output(self._images(final, output), final, ended.text)
 
     def _report(self, step: Any) -> None:
         """One callable for every call, so that a new progress bar compiles nothing."""
@@ -257,45 +290,47 @@ class InfiniteIDPipeline:
 
     def _require_adapter(self) -> IdentityAdapter:
         if self.adapter is None:
-            raise InputError("Identities need an adapter: load one with from_pretrained(base, adapter=FOLDER).")
+            raise InputError("Identities need an adapter: load one with from_pretrained(base, adapter=PATH).")
         return self.adapter
 
-    def _clip_hidden_states(self, crop: np.ndarray) -> Float[Array, "L C"]:
-        fitted = resize_and_crop(PILImage.fromarray(crop), self.image_encoder.config.image_size)
-        out = conditioning.encode_crops(nnx.split(self.image_encoder), preprocess(fitted[None]))
-        penultimate = self._require_adapter().config.clip_layer == "penultimate"
-        return (out.penultimate if penultimate else out.last_hidden_state)[0]
+    def _see(self, pixels: Float[Array, "B H W 3"]) -> VisionOutput:
+        return conditioning.encode_crops(nnx.split(self.image_encoder), pixels)
 
-    def _tokens(self, features: FaceFeatures) -> Float[Array, "K D"]:
-        adapter = self._require_adapter()
-        hidden, embedding = jnp.asarray(features.clip_hidden_states), jnp.asarray(features.face_embedding)
-        for name, array, form in (
-            ("clip_hidden_states", hidden, ("tokens", adapter.config.clip_dim)),
-            ("face_embedding", embedding, (adapter.config.face_dim,)),
-        ):
-            if array.ndim != len(form) or array.shape[-1] != form[-1]:
-                raise InputError(
-                    f"{name} has shape {list(array.shape)} and this adapter takes [{', '.join(map(str, form))}]: "
-                    "compute it with the encoders the adapter was trained with."
-                )
-        return conditioning.map_features(self._split_adapter, hidden[None], embedding[None])[0]
+    def _identity(self, features: FaceFeatures, face: ExtractedFace | None = None) -> Identity:
+        """Tokens of a person, and of nobody: features of zeros, or CLIP's answer to an image of zeros (row 11)."""
+        needs = self._require_adapter().config.needs
+        person = needs.select(features)
+        nobody = jax.tree.map(jnp.zeros_like, person)
+        if needs.empty_image:
+            nobody = dataclasses.replace(nobody, clip_hidden_states=self._empty_hidden_states(features))
+        tokens, unconditional = (
+            conditioning.map_features(self._split_adapter, jax.tree.map(lambda x: x[None], each))[0]
+            for each in (person, nobody)
+        )
+        return Identity(tokens, unconditional, face)
+
+    def _empty_hidden_states(self, features: FaceFeatures) -> Float[Array, "L C"]:
+        if features.empty_clip_hidden_states is not None:
+            return jnp.asarray(features.empty_clip_hidden_states)
+        return self._hidden_states_of_zeros
+
+    @cached_property
+    def _hidden_states_of_zeros(self) -> Float[Array, "L C"]:
+        size = self.image_encoder.config.image_size
+        return self._see(jnp.zeros((1, size, size, 3))).penultimate[0]
 
     @cached_property
     def _split_adapter(self) -> conditioning.Split:
         return nnx.split(self._require_adapter())
 
     def _identity_tokens(self, people: list[Identity], halves: int) -> Float[Array, "G M K D"]:
-        """c_id of each half; the unconditional one comes of zero features, as long as the others (METHOD row 11)."""
+        """c_id of each half: nobody's, then the people's."""
         if not people:
             return jnp.zeros((halves, 0, 1, self.settings.unet.cross_attention_dim))
-        tokens = encoder.stack([person.tokens for person in people])
-        if halves == 1:
-            return tokens[None]
-        config = self._require_adapter().config
-        length = people[0].tokens.shape[0] // people[0].people
-        zeros = FaceFeatures(np.zeros((length - config.face_tokens, config.clip_dim)), np.zeros(config.face_dim))
-        uncond = jnp.tile(self._tokens(zeros), (tokens.shape[1] // length, 1))
-        return jnp.stack([jnp.broadcast_to(uncond, tokens.shape), tokens])
+        nobody, tokens = (
+            encoder.stack([getattr(person, name) for person in people]) for name in ("unconditional", "tokens")
+        )
+        return jnp.stack([nobody, tokens][-halves:])
 
     def _latent_shape(
         self, height: int | None, width: int | None, latents: np.ndarray | Array | None
@@ -310,25 +345,6 @@ class InfiniteIDPipeline:
             if pixels < factor or pixels % factor:
                 raise InputError(f"The {name} {pixels} is not a multiple of {factor}: take {_nearest(pixels, factor)}.")
         return size["height"] // factor, size["width"] // factor, unet.in_channels
-
-    def _noise(
-        self,
-        count: int,
-        shape: tuple[int, int, int],
-        seed: int | Sequence[int],
-        latents: np.ndarray | Array | None,
-    ) -> Float[Array, "P h w c"]:
-        """Unit normal noise of each prompt row; always a fresh buffer, because sampling donates it."""
-        if latents is not None:
-            if np.shape(latents) != (count, *shape):
-                raise InputError(f"latents have shape {list(np.shape(latents))}; {[count, *shape]} is needed.")
-            return jnp.array(latents, jnp.float32, copy=True)
-        seeds = [seed + row for row in range(count)] if isinstance(seed, int | np.integer) else list(seed)
-        if len(seeds) != count:
-            raise InputError(f"{len(seeds)} seeds for {count} prompts: give one number, or one for each prompt.")
-        if not all(0 <= s <= MAX_SEED for s in seeds):
-            raise InputError(f"Seeds lie between 0 and {MAX_SEED}: choose another than {seed}.")
-        return conditioning.seeded_noise(np.asarray(seeds, np.uint32), shape)
 
     def _encode_prompts(self, prompts: list[str], negative: str | Sequence[str] | None, halves: int) -> TextCondition:
         cond = self._encode_text(prompts)
@@ -357,6 +373,12 @@ class InfiniteIDPipeline:
         if output == "numpy":
             return pixels
         return [PILImage.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
+
+
+def _loras(lora: str | PathLike[str] | Mapping[str, float] | None) -> dict[str, float]:
+    if lora is None:
+        return {}
+    return {fspath(file): scale for file, scale in lora.items()} if isinstance(lora, Mapping) else {fspath(lora): 1.0}
 
 
 def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from infinite_id_jax.errors import InputError
 
 if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
+    from infinite_id_jax.identity.features import Needs
 
 MAX_SIDE = 8192  # far beyond SDXL's training; sizes that overflow XLA's counters end the process without a word
 
@@ -57,8 +58,9 @@ def check_options(args: argparse.Namespace) -> None:
         if pixels is not None and (pixels < 8 or pixels % 8):
             raise InputError(f"{_flag(name)} {pixels} is not a multiple of 8: take {max(8, round(pixels / 8) * 8)}.")
     for name in ("guidance_scale", "guidance_rescale", "id_scale", "text_scale"):
-        if not math.isfinite(getattr(args, name)):
-            raise InputError(f"{_flag(name)} {getattr(args, name)} is no finite number: give one, or leave it out.")
+        value = getattr(args, name)
+        if not isinstance(value, dict) and not math.isfinite(value):
+            raise InputError(f"{_flag(name)} {value} is no finite number: give one, or leave it out.")
     if not 0 <= args.guidance_rescale <= 1:
         raise InputError(f"--guidance-rescale {args.guidance_rescale} is out of range: give 0 to 1.")
     if args.seed < 0 or args.seed + args.num_images > 2**32:
@@ -88,62 +90,84 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
     Raises InputError for what does not fit, and for a weight file that is missing or cut short.
     """
     from infinite_id_jax.diffusion.samplers import trajectory
+    from infinite_id_jax.identity.inject import block_names
+    from infinite_id_jax.identity.scales import layer_scales
     from infinite_id_jax.pipeline import DTYPES
     from infinite_id_jax.sharding import make_mesh
+    from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
     from infinite_id_jax.weights.adapter import read_adapter_config
     from infinite_id_jax.weights.folder import read_settings, resolve
+    from infinite_id_jax.weights.load import abstract
 
     if args.dtype not in ("auto", *DTYPES):
         raise InputError(f"--dtype {args.dtype} is unknown: choose auto, {', '.join(DTYPES)}.")
     make_mesh(args.mesh)
-    model, adapter_folder = resolve(args.model), Path(args.adapter)
-    base, adapter = read_settings(model), read_adapter_config(adapter_folder)
+    model, adapter_path = resolve(args.model), Path(args.adapter)
+    base, adapter = read_settings(model, _model_config(args)), read_adapter_config(adapter_path)
+    if isinstance(args.id_scale, dict):
+        layer_scales(block_names(abstract(lambda rngs: UNet2DConditionModel(base.unet, rngs=rngs))), args.id_scale)
     trajectory(args.scheduler, base.schedule, args.steps)
     adapter.check_fits(base.unet.cross_attention_dim)
     adapter.check_recogniser("in use", len(faces[0].embedding))
-    _check_image_encoder(image_encoder_folder(args, model), adapter.clip_dim)
-    _check_weights(args, model)
+    image_encoder = None
+    if adapter.needs.clip_dim:
+        image_encoder = image_encoder_folder(args, model)
+        _check_image_encoder(image_encoder, adapter.needs)
+    print(f"{adapter_path.name}: {adapter.describe()}.")
+    _check_weights(args, model, image_encoder)
     # A folder's own size stands for none, so that both say the same of an image.
     args.height, args.width = (size or base.unet.sample_size * base.vae.downscale for size in (args.height, args.width))
     return model
 
 
+def _model_config(args: argparse.Namespace) -> Path | None:
+    return None if args.model_config is None else Path(args.model_config)
+
+
 def image_encoder_folder(args: argparse.Namespace, model: Path) -> Path:
-    """Where the CLIP image encoder is. Raises InputError if it is not there."""
-    folder = Path(args.image_encoder) if args.image_encoder is not None else model / "image_encoder"
-    if not folder.is_dir():
-        raise InputError(f"There is no CLIP image encoder at {folder}: name its folder with --image-encoder.")
-    return folder
+    """Where the CLIP image encoder is: in the model's folder, or beside its single file."""
+    if args.image_encoder is not None:
+        return Path(args.image_encoder)
+    return (model if model.is_dir() else model.parent) / "image_encoder"
 
 
-def _check_image_encoder(folder: Path, clip_dim: int) -> None:
+def _check_image_encoder(folder: Path, needs: "Needs") -> None:
     from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig
 
-    width = CLIPVisionConfig.from_json(folder / "config.json").hidden_size
-    if width != clip_dim:
+    if not folder.is_dir():
+        raise InputError(f"There is no CLIP image encoder at {folder}: name its folder with --image-encoder.")
+    config = CLIPVisionConfig.from_json(folder / "config.json")
+    width = config.projection_dim if needs.clip_layer == "pooled" else config.hidden_size
+    if width != needs.clip_dim:
+        what = "whose pooled embedding has" if needs.clip_layer == "pooled" else "of"
         raise InputError(
-            f"The adapter was trained on a CLIP image encoder of width {clip_dim} and {folder} has {width}: "
-            "name the right one with --image-encoder (1664 is ViT-bigG/14, 1280 ViT-H/14)."
+            f"The adapter was trained on a CLIP image encoder {what} width {needs.clip_dim} and {folder} has {width}: "
+            "name the right one with --image-encoder (ViT-bigG/14 has hidden states of 1664 and pooled embeddings of "
+            "1280, ViT-H/14 1280 and 1024)."
         )
 
 
-def _check_weights(args: argparse.Namespace, model: Path) -> None:
+def _check_weights(args: argparse.Namespace, model: Path, image_encoder: Path | None) -> None:
     """Open each file, which reads its header alone: a missing or cut shard is known before the first is loaded."""
-    from infinite_id_jax.weights.adapter import WEIGHTS
+    from infinite_id_jax.weights.adapter import find_adapter
     from infinite_id_jax.weights.load import find_weights, open_tensors
 
-    parts = [model / part for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
-    for source in (*map(find_weights, (*parts, image_encoder_folder(args, model))), Path(args.adapter) / WEIGHTS):
+    # The header of a single file has been read with its settings.
+    parts = [model / part for part in ("unet", "vae", "text_encoder", "text_encoder_2")] if model.is_dir() else []
+    parts += [] if image_encoder is None else [image_encoder]
+    loras = [Path(file) for file, _ in args.lora]
+    for source in (*map(find_weights, parts), find_adapter(Path(args.adapter)), *loras):
         if source.suffix != ".msgpack":  # of which nothing can be read without reading all
             with contextlib.ExitStack() as stack:
                 open_tensors(source, stack)
 
 
-def report_cut_words(model: Path, texts: Sequence[str]) -> None:
+def report_cut_words(args: argparse.Namespace, model: Path, texts: Sequence[str]) -> None:
     """CLIP reads 77 tokens; say which words of a longer text it does not see."""
-    from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer, unseen_words
+    from infinite_id_jax.stable_diffusion.tokenizer import unseen_words
+    from infinite_id_jax.weights.folder import load_tokenizers
 
-    tokenizers = [CLIPTokenizer.from_folder(model / part) for part in ("tokenizer", "tokenizer_2")]
+    tokenizers = load_tokenizers(model, _model_config(args))
     for text in dict.fromkeys(texts):
         cut = unseen_words(tokenizers, text)
         if cut:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -30,12 +32,15 @@ class Controls(NamedTuple):
 
     guidance_scale: Scalar
     guidance_rescale: Scalar
-    id_scale: Scalar
+    id_scale: Float[Array | np.ndarray, " layers"]  # one for each cross-attention, in the order of files
     text_scale: Scalar
 
 
 class Streams(NamedTuple):
-    """Final latents: identity stream [P * M, h, w, c], prompt-major, and text stream [P, h, w, c] (None if shared)."""
+    """Final latents: identity stream [P * M, h, w, c], prompt-major, and text stream [P, h, w, c].
+
+    The text stream has none where it is shared, or where there is one stream.
+    """
 
     identity: Float[Array, "B h w c"]
     text: Float[Array, "P h w c"] | None
@@ -67,11 +72,13 @@ def sample_streams(
     """Denoise P prompts with M identities each, identity rows from the noise of their text row.
 
     With an `own` text stream there are T = P text rows and each serves M identity rows; with a `shared` one each of
-    the T = P M identity rows brings a text row that looks at the same latents (METHOD row 7).
+    the T = P M identity rows brings a text row that looks at the same latents (METHOD row 7). In single-stream
+    sampling the T = P M rows are all there is.
     """
     layout, prompts, people = program.layout, text.tokens.shape[1], identity.shape[1]
+    single = program.switches.streams == "one" and people > 0
     shared = program.switches.text_stream == "shared" and people > 0
-    if shared:  # repeat prompts, cycle through identities
+    if single or shared:  # repeat prompts, cycle through identities
         text = jax.tree.map(lambda x: jnp.repeat(x, people, axis=1), text)
         identity = jnp.tile(identity, (1, prompts, 1, 1))[:, :, None]
     else:
@@ -88,7 +95,7 @@ def sample_streams(
 
     start = noise if shared else layout.spread(noise)
     x_0 = samplers.sample(program.scheduler, trajectory, denoise, start, prediction_type=program.prediction_type)
-    return Streams(x_0, None) if shared else Streams(x_0[prompts:], x_0[:prompts])
+    return Streams(x_0, None) if shared or single else Streams(x_0[prompts:], x_0[:prompts])
 
 
 def _conditions(
@@ -98,18 +105,21 @@ def _conditions(
     layout, switches = program.layout, program.switches
     tokens = _all_rows(layout, text.tokens)
     pooled = _all_rows(layout, text.pooled)
-    if switches.pooled_text == "zeros":
+    people = identity.shape[2] > 0  # [G, T, R, K, C]
+    single = people and switches.streams == "one"
+    if people and switches.pooled_text == "zeros":
         text_pooled, id_pooled = layout.split(pooled)
-        pooled = layout.join(text_pooled, jnp.zeros_like(id_pooled))
+        kept = jnp.zeros_like(text_pooled) if single else text_pooled
+        pooled = layout.join(kept, jnp.zeros_like(id_pooled))
     added = AddedConditions(pooled, jnp.broadcast_to(time_ids, (pooled.shape[0], time_ids.shape[0])))
-    if layout.identities == 0:
+    if not people:
         return tokens, added
     context = IdentityContext(
         tokens,
-        identity,
+        rearrange(identity, "G T 1 K C -> (G T) K C") if single else identity,
         controls.id_scale,
         controls.text_scale,
-        layout,
+        None if single else layout,
         switches.style_merge,
         switches.cross_merge,
     )
@@ -132,14 +142,14 @@ def _guided_prediction(
     """One U-Net call over both streams and both guidance halves, then guidance."""
     layout, switches = program.layout, program.switches
     unet = nnx.merge(program.unet, state)
+    context, added = conditions
     if layout.identities:
         mix_streams(unet, layout, switches, switches.active(step))
-    else:
+    elif not isinstance(context, IdentityContext):
         eject(unet)
     x = layout.double(x_t)
     if program.batch is not None:
         x = jax.lax.with_sharding_constraint(x, program.batch)
-    context, added = conditions
     prediction = unet(x, jnp.broadcast_to(t, x.shape[:1]), context, added).astype(jnp.float32)
     if layout.halves == 1:
         return prediction

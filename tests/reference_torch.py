@@ -207,6 +207,13 @@ class Identity(NamedTuple):
     face_embedding: Tensor
 
 
+class IdentityTokens(NamedTuple):
+    """One person as an adapter of any family maps it: c_id [K, C], and nobody's tokens for guidance."""
+
+    c_id: Tensor
+    c_null: Tensor
+
+
 def map_tokens(adapter: dict[str, Tensor], mapper: str, x: Tensor) -> Tensor:
     """Linear, exact GELU, Linear, LayerNorm per token: [n, dim] -> [n * tokens, C], C the norm's width."""
     w = {key.removeprefix(mapper + "."): value for key, value in adapter.items() if key.startswith(mapper)}
@@ -436,9 +443,10 @@ def two_stream_sample(
     adapter: dict[str, Tensor],
     latents: Tensor,
     prompt: Text,
-    identities: list[Identity],
+    identities: list[Identity] | list[IdentityTokens],
     negative: Text | None = None,
     *,
+    identity_unet: UNet2DConditionModel | None = None,
     guidance_scale: float = 5.0,
     guidance_rescale: float = 0.0,
     steps: int = 30,
@@ -447,6 +455,7 @@ def two_stream_sample(
 ) -> tuple[Tensor, Tensor | None]:
     """Denoise P prompts x M identities from unit noise [P, 4, h, w]; `switches` are the fields of `Switches`.
 
+    `identity_unet`, where given, is the U-Net of the identity stream: with an adapter's LoRA merged into it.
     Returns the identity latents [P * M, 4, h, w], prompt-major, and the text latents [P, 4, h, w] (None if
     the text stream is shared).
     """
@@ -454,8 +463,13 @@ def two_stream_sample(
     shared, per_prompt = s.text_stream == "shared", len(identities)
     if negative is None:
         negative = Text(*(torch.zeros_like(x) for x in prompt))
-    c_id = torch.stack([identity_tokens(adapter, identity) for identity in identities])
-    c_null = torch.stack([unconditional_tokens(adapter, identity) for identity in identities])
+    people = [
+        IdentityTokens(identity_tokens(adapter, identity), unconditional_tokens(adapter, identity))
+        if isinstance(identity, Identity)
+        else identity
+        for identity in identities
+    ]
+    c_id, c_null = (torch.stack(tokens) for tokens in zip(*people, strict=True))
 
     # A scheduler each: multistep solvers remember the predictions of their own trajectory.
     id_scheduler, text_scheduler = (copy.deepcopy(scheduler or sdxl_ddim()) for _ in range(2))
@@ -477,7 +491,9 @@ def two_stream_sample(
                     for name, (k, v) in memory.items()
                 }
             eps_text.append(eps)
-            eps_id.append(run_identity_stream(unet, adapter, input_id, t, rows, c_rows, memory, step, s))
+            eps_id.append(
+                run_identity_stream(identity_unet or unet, adapter, input_id, t, rows, c_rows, memory, step, s)
+            )
         guided = guide(*eps_id, guidance_scale, guidance_rescale)
         x_id = id_scheduler.step(guided, t, x_id).prev_sample
         if not shared:

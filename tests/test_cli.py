@@ -254,7 +254,7 @@ def test_a_model_without_image_encoder_is_found_early(capsys, place, tmp_path, o
         ({"cross_attention_dim": 2048}, "cross-attention width 2048"),
         ({"face_dim": 512}, "face embeddings of 512 numbers"),
         ({"clip_dim": 1664}, "CLIP image encoder of width 1664"),
-        ({"format": "ip_adapter"}, "'ip_adapter' is not 'infinite_id'"),
+        ({"format": "ip_adapter"}, "is no identity adapter of a known family"),
     ],
 )
 def test_an_adapter_of_another_width_is_refused(capsys, place, tmp_path, change, says):

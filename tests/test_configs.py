@@ -153,7 +153,7 @@ def test_later_settings_win():
         ("optimizer.ema_decay=none", "the value must be float or NoneType."),
         ("run.sample_prompts=a man", "the value must be tuple"),
         ("run.steps=0", "run.steps is 0: give 1 or more."),
-        ("adapter.clip_mapper=resampler", "clip_mapper 'resampler' is not supported, only 'mlp'"),
+        ("adapter.clip_mapper=conv", "clip_mapper 'conv' is not of mlp, resampler, none"),
         ("adapter.clip_layer=first", "clip_layer 'first' is not of"),
         ("optimizer.accumulate=3", "data.batch_size 64 must be a positive multiple of optimizer.accumulate 3."),
         ("model.architecture.block_out_channels=(32, 64)", "UNetConfig"),

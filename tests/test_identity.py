@@ -11,6 +11,7 @@ from infinite_id_jax.identity import encoder
 from infinite_id_jax.identity.adain import adain, adain_mean
 from infinite_id_jax.identity.config import AdapterConfig, Switches
 from infinite_id_jax.identity.cross_attention import IdentityContext, IdentityCrossAttention, merged_cross_attention
+from infinite_id_jax.identity.features import FaceFeatures
 from infinite_id_jax.identity.inject import (
     AdapterParam,
     IdentityAdapter,
@@ -250,12 +251,12 @@ def test_projections_start_as_copies_of_the_frozen_ones(unet, tiny):
 def test_zero_features_stay_zero_in_the_face_mapper(unet, tiny):
     """The unconditional identity is the mappers of zeros, with no division by a zero norm."""
     adapter = load_adapter(tiny.adapter, unet())
-    tokens = adapter(jnp.zeros((1, 5, 32)), jnp.zeros((1, 16)))
+    tokens = adapter(FaceFeatures(jnp.zeros((1, 5, 32)), jnp.zeros((1, 16))))
     assert tokens.shape == (1, 6, 64)
     assert bool(jnp.isfinite(tokens).all())
     np.testing.assert_allclose(tokens[0, 0], tokens[0, 4], **CLOSE)  # one mapper for all CLIP tokens
-    doubled = adapter(jnp.zeros((1, 1, 32)), 2 * jnp.ones((1, 16)))
-    np.testing.assert_allclose(doubled, adapter(jnp.zeros((1, 1, 32)), jnp.ones((1, 16))), **CLOSE)  # L2-normalised
+    once, doubled = (adapter(FaceFeatures(jnp.zeros((1, 1, 32)), k * jnp.ones((1, 16)))) for k in (1.0, 2.0))
+    np.testing.assert_allclose(doubled, once, **CLOSE)  # L2-normalised
 
 
 def test_mixing_and_interpolation():
@@ -285,7 +286,8 @@ def test_stacking_unequal_identities_is_invisible_to_attention():
     ("change", "says"),
     [
         ({"format": "ip_adapter"}, "not 'infinite_id'"),
-        ({"clip_mapper": "resampler"}, "only 'mlp'"),
+        ({"clip_mapper": "conv"}, "'conv' is not of mlp, resampler, none"),
+        ({"clip_mapper": "none", "face_tokens": 0}, "neither a clip_mapper nor face_tokens"),
         ({"face_dim": 0}, "positive integer"),
         ({"clip_dim": "1664"}, "positive integer"),
         ({"clip_layer": "first"}, "is not of"),

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from infinite_id_jax.errors import InputError, NoFaceError
-from infinite_id_jax.faces.align import clip_crop
+from infinite_id_jax.faces.align import clip_crop, similarity_crop
 from infinite_id_jax.faces.protocol import Crop, Face, FaceBackend, Photo
 
 # Detectors look for a head with some room around it; a tight crop gets it as a share of its longer side.
@@ -19,13 +19,15 @@ PADDING_GRAY = 128
 class ExtractedFace:
     """A face of a photo with what the two encoders take of it: FA(x) in Infinite-ID's Eq. 4.
 
-    `count` is the number of faces in the photo, `clip_crop` the head [size, size, 3] for CLIP,
-    `recogniser_crop` the backend's own crop and `embedding` its raw float32 vector.
+    `count` is the number of faces in the photo, `clip_crop` the head [size, size, 3] for CLIP, `arcface_crop` the
+    tight crop of the same size that FaceID-Plus shows to CLIP, `recogniser_crop` the backend's own crop and
+    `embedding` its raw float32 vector.
     """
 
     face: Face
     count: int
     clip_crop: Crop
+    arcface_crop: Crop
     recogniser_crop: UInt8[np.ndarray, "r r 3"]  # of a side of its own
     embedding: Float[np.ndarray, "d"]
 
@@ -57,6 +59,7 @@ def extract_face(
         face=face,
         count=len(faces),
         clip_crop=clip_crop(photo, face, crop_size),
+        arcface_crop=similarity_crop(photo, face.keypoints, crop_size),
         recogniser_crop=recogniser_crop,
         embedding=backend.embed(recogniser_crop),
     )

@@ -5,21 +5,26 @@ from typing import Any
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.adain import STYLE_MERGES
+from infinite_id_jax.identity.features import CLIP_LAYERS, Needs
 from infinite_id_jax.typing import Array, Bool, Int
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "streams": ("two", "one"),
     "attention": ("mixed", "mutual", "off"),
     "style_merge": tuple(STYLE_MERGES),
     "text_stream": ("own", "shared"),
     "pooled_text": ("prompt", "zeros"),
 }
-CLIP_LAYERS = ("last", "penultimate")
+CLIP_MAPPERS = ("mlp", "resampler", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
     """The variants of the method; each is part of the compiled program.
 
+    streams: two: an identity stream beside a text stream (Infinite-ID); one: every row attends to its text and its
+        identity and to nobody else, as adapters are published (IP-Adapter); what concerns a text stream is then
+        refused.
     attention: the identity stream's self-attention: mixed (Eq. 5), mutual (MasaCtrl, ablation of Table 1) or off.
     style_merge: what K_id, V_id and K'_id, V'_id take over from the text's: nothing, the mean (Eq. 7, 8), or mean
         and standard deviation (ablation of Fig. 7).
@@ -30,6 +35,7 @@ class Switches:
         execution, in which `attention` departs from plain self-attention; an end of None is the last.
     """
 
+    streams: str = "two"
     attention: str = "mixed"
     style_merge: str = "none"
     cross_merge: bool = True
@@ -46,6 +52,15 @@ class Switches:
             first, end = getattr(self, name)
             if first < 0 or (end is not None and end < first):
                 raise InputError(f"{name} {first}:{end} is no range: give 0 <= first <= end.")
+        if self.streams == "one":
+            self._check_one_stream()
+
+    def _check_one_stream(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("attention", "text_stream", "step_range", "layer_range"):
+            # Plain self-attention is what one stream has: "off" says so, and the default asks for nothing.
+            if getattr(self, name) not in (defaults[name], "off"):
+                raise InputError(f"{name} concerns the text stream, which streams='one' does not have: leave it out.")
 
     def active(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
         """Whether `attention` applies at this traced step; None if it applies at all of them."""
@@ -61,43 +76,88 @@ class Switches:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """`adapter_config.json`: the widths of an adapter (METHOD rows 1 to 4).
+class EncoderConfig:
+    """What is said of every adapter, whoever trained it."""
 
-    `clip_hidden` and `face_hidden` are the mappers' inner widths; None stands for clip_dim and 2 face_dim. Raises
-    InputError for a mapper or a layer that is not built.
+    cross_attention_dim: int = 2048
+
+    @property
+    def needs(self) -> Needs:
+        """What the adapter takes of a face."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The family, what it sees, where it comes from: for a reader."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of `adapter_config.json`."""
+        raise NotImplementedError
+
+    def check_fits(self, cross_attention_dim: int) -> None:
+        """Raise InputError unless a model of this cross-attention width takes the adapter."""
+        if self.cross_attention_dim != cross_attention_dim:
+            known = {2048: "SDXL", 1024: "SD 2", 768: "SD 1.5"}.get(self.cross_attention_dim)
+            raise InputError(
+                f"The adapter has cross-attention width {self.cross_attention_dim}, the model {cross_attention_dim}: "
+                f"{f'it looks like one for {known}; ' if known else ''}use an adapter trained for this model (2048 is "
+                "SDXL, 1024 SD 2, 768 SD 1.5)."
+            )
+
+    def check_recogniser(self, name: str, embedding_dim: int) -> None:
+        """Raise InputError unless the adapter takes this face backend's embeddings."""
+        if self.needs.face_dim not in (0, embedding_dim):
+            raise InputError(
+                f"The adapter was trained on face embeddings of {self.needs.face_dim} numbers and the face backend "
+                f"{name} gives {embedding_dim}: choose the backend it was trained with."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig(EncoderConfig):
+    """`adapter_config.json`: the shape of an adapter trained here (METHOD rows 1 to 4).
+
+    `clip_hidden` and `face_hidden` are the mappers' inner widths; None stands for clip_dim and 2 face_dim.
+    clip_mapper: one of CLIP_MAPPERS; a resampler reads CLIP's tokens into `resampler_queries`; without a mapper, or
+    with face_tokens 0, the adapter does not look at that encoder. Raises InputError for what is not built.
     """
 
     clip_dim: int = 1664
     face_dim: int = 512
     face_tokens: int = 1
-    cross_attention_dim: int = 2048
     clip_mapper: str = "mlp"
     clip_layer: str = "last"  # which hidden states of the CLIP image encoder, one of CLIP_LAYERS
     clip_hidden: int | None = None
     face_hidden: int | None = None
+    resampler_queries: int = 16
+    resampler_dim: int = 1280
+    resampler_depth: int = 4
+    resampler_heads: int = 20
 
     def __post_init__(self) -> None:
-        if self.clip_mapper != "mlp":
-            raise InputError(f"The adapter's clip_mapper {self.clip_mapper!r} is not supported, only 'mlp'.")
-        if self.clip_layer not in CLIP_LAYERS:
-            raise InputError(f"The adapter's clip_layer {self.clip_layer!r} is not of {CLIP_LAYERS}.")
+        for name, allowed in (("clip_mapper", CLIP_MAPPERS), ("clip_layer", CLIP_LAYERS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"The adapter's {name} {getattr(self, name)!r} is not of {', '.join(allowed)}.")
+        if self.clip_mapper == "none" and not self.face_tokens:
+            raise InputError("The adapter has neither a clip_mapper nor face_tokens: give it one of them.")
 
-    def check_fits(self, cross_attention_dim: int) -> None:
-        """Raise InputError unless a model of this cross-attention width takes the adapter."""
-        if self.cross_attention_dim != cross_attention_dim:
-            raise InputError(
-                f"The adapter has cross-attention width {self.cross_attention_dim}, the model {cross_attention_dim}: "
-                "use an adapter trained for this model (2048 is SDXL, 1024 SD 2, 768 SD 1.5)."
-            )
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            clip_dim=0 if self.clip_mapper == "none" else self.clip_dim,
+            clip_layer=self.clip_layer,
+            face_dim=self.face_dim if self.face_tokens else 0,
+        )
 
-    def check_recogniser(self, name: str, embedding_dim: int) -> None:
-        """Raise InputError unless the adapter takes this face backend's embeddings."""
-        if self.face_dim != embedding_dim:
-            raise InputError(
-                f"The adapter was trained on face embeddings of {self.face_dim} numbers and the face backend {name} "
-                f"gives {embedding_dim}: choose the backend it was trained with."
+    def describe(self) -> str:
+        seen = []
+        if self.needs.clip_dim:
+            seen.append(
+                f"CLIP's {self.clip_layer} hidden states of width {self.clip_dim} through its {self.clip_mapper}"
             )
+        if self.needs.face_dim:
+            seen.append(f"a face embedding of {self.face_dim} numbers as {self.face_tokens} token(s)")
+        return f"Infinite-ID ({' and '.join(seen)})"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":
@@ -112,11 +172,15 @@ class AdapterConfig:
         missing = sorted(required - values.keys())
         if missing:
             raise InputError(f"adapter_config.json: {', '.join(missing)} missing: write the file again.")
-        for name in required:
-            if not isinstance(values[name], int) or values[name] < 1:
+        for name in sorted(required):
+            least = 0 if name == "face_tokens" else 1
+            if not isinstance(values[name], int) or values[name] < least:
                 raise InputError(f"adapter_config.json: {name} must be a positive integer, not {values[name]!r}.")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
+        """The entries of the JSON file; a resampler's only where there is one."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        if self.clip_mapper != "resampler":
+            values = {key: value for key, value in values.items() if not key.startswith("resampler_")}
         return {"format": "infinite_id", **values}

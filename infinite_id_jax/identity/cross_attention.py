@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -20,12 +21,13 @@ class IdentityContext:
     """What the U-Net hands to every cross-attention without looking inside.
 
     With a layout, rows are the two streams': `identity` is [G, T, R, K, C], where T may be 1: the same for every text
-    row. Without one, every row is an identity row with an `identity` [B, K, C] of its own, as in training.
+    row. Without one, every row is an identity row with an `identity` [B, K, C] of its own, as in training and in
+    single-stream sampling. `id_scale` is one number, or one for each layer in the order of files.
     """
 
     text: Tokens | None  # [B, L, C], all rows; None where no text is used at all (METHOD row 19)
     identity: Float[Array, "*rows K C"]
-    id_scale: Scalar = 1.0
+    id_scale: Scalar | Float[Array | np.ndarray, " layers"] = 1.0
     text_scale: Scalar = 1.0
     layout: Layout | None = dataclasses.field(default=None, metadata={"static": True})
     style_merge: str = dataclasses.field(default="none", metadata={"static": True})
@@ -43,9 +45,10 @@ class IdentityProjection(nnx.Module):
 class IdentityCrossAttention(nnx.Module):
     """Wraps a frozen `attn2`: text rows pass through it, identity rows also attend to their identity (Eq. 6)."""
 
-    def __init__(self, base: Attention, projection: IdentityProjection):
+    def __init__(self, base: Attention, projection: IdentityProjection, index: int):
         self.base = base
         self.projection = projection
+        self.index = index  # of the layer, in the order of files
 
     def __call__(self, x: Tokens, context: IdentityContext) -> Tokens:
         """x [B, L, C] -> [B, L, C]; rows as `context.layout` divides them."""
@@ -54,12 +57,12 @@ class IdentityCrossAttention(nnx.Module):
         text = None if context.text is None else self._text_keys(context.text.astype(x.dtype))
         k_id, v_id = self._identity_keys(context.identity, x.dtype)
         if layout is None:
-            return base.to_out(merge_heads(_merge(q, k_id, v_id, text, context)))
+            return base.to_out(merge_heads(self._merge(q, k_id, v_id, text, context)))
         if text is None:
             raise ValueError("The two streams need text: without it every row is an identity row, and no layout.")
         q_text, q_id = layout.split(q)
         (k_text, k_t), (v_text, v_t) = (layout.split(keys) for keys in text)
-        identity = _merge(
+        identity = self._merge(
             q_id,
             jnp.broadcast_to(k_id, (*q_id.shape[:3], *k_id.shape[3:])),
             jnp.broadcast_to(v_id, (*q_id.shape[:3], *v_id.shape[3:])),
@@ -80,10 +83,12 @@ class IdentityCrossAttention(nnx.Module):
         )
         return k, v
 
-
-def _merge(q: Array, k_id: Array, v_id: Array, text: tuple[Array, Array] | None, context: IdentityContext) -> Array:
-    text = text if context.cross_merge else None
-    return merged_cross_attention(q, k_id, v_id, text, context.id_scale, context.text_scale, context.style_merge)
+    def _merge(
+        self, q: Array, k_id: Array, v_id: Array, text: tuple[Array, Array] | None, context: IdentityContext
+    ) -> Array:
+        scale: Any = context.id_scale if jnp.ndim(context.id_scale) == 0 else jnp.asarray(context.id_scale)[self.index]
+        text = text if context.cross_merge else None
+        return merged_cross_attention(q, k_id, v_id, text, scale, context.text_scale, context.style_merge)
 
 
 def merged_cross_attention(

@@ -1,4 +1,4 @@
-"""Face embeddings to identity tokens c_id (Infinite-ID Eq. 4), and mixtures of people (A.7)."""
+"""Face features to identity tokens c_id (Infinite-ID Eq. 4), and mixtures of people (A.7)."""
 
 import math
 from collections.abc import Sequence
@@ -11,39 +11,55 @@ from flax import nnx
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.config import AdapterConfig
+from infinite_id_jax.identity.features import FaceFeatures, unit
+from infinite_id_jax.identity.resampler import Resampler
 from infinite_id_jax.typing import Array, Float
 
 
-class ClipMapper(nnx.Module):
-    """M_clip: each hidden state of the CLIP image encoder to one identity token (METHOD row 3)."""
+class Mapper(nnx.Module):
+    """Linear, GELU, Linear to `tokens` tokens of width `dim`, LayerNorm per token (METHOD rows 3 and 4)."""
+
+    def __init__(self, dim_in: int, hidden: int, dim: int, tokens: int, *, rngs: nnx.Rngs):
+        self.tokens = tokens
+        self.fc_in = _linear(dim_in, hidden, rngs)
+        self.fc_out = _linear(hidden, tokens * dim, rngs)
+        self.norm = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows n D"]:
+        tokens = self.fc_out(jax.nn.gelu(self.fc_in(x), approximate=False))
+        return self.norm(rearrange(tokens, "... (n D) -> ... n D", n=self.tokens))
+
+
+class InfiniteIDEncoder(nnx.Module):
+    """M_clip over every hidden state of the CLIP image encoder, M_face over the recogniser's embedding (Eq. 4)."""
 
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
-        hidden = config.clip_hidden or config.clip_dim
-        self.proj_in = _linear(config.clip_dim, hidden, rngs)
-        self.proj_out = _linear(hidden, config.cross_attention_dim, rngs)
-        self.norm = nnx.LayerNorm(config.cross_attention_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        width = config.cross_attention_dim
+        if config.clip_mapper == "mlp":
+            self.clip_mapper = Mapper(config.clip_dim, config.clip_hidden or config.clip_dim, width, 1, rngs=rngs)
+        elif config.clip_mapper == "resampler":
+            self.clip_mapper = Resampler(
+                config.clip_dim,
+                width,
+                queries=config.resampler_queries,
+                dim=config.resampler_dim,
+                depth=config.resampler_depth,
+                heads=config.resampler_heads,
+                rngs=rngs,
+            )
+        if config.face_tokens:
+            hidden = config.face_hidden or 2 * config.face_dim
+            self.face_mapper = Mapper(config.face_dim, hidden, width, config.face_tokens, rngs=rngs)
 
-    def __call__(self, hidden_states: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
-        hidden = jax.nn.gelu(self.proj_in(hidden_states), approximate=False)
-        return self.norm(self.proj_out(hidden))
-
-
-class FaceMapper(nnx.Module):
-    """M_face: the recogniser's embedding, L2-normalised, to n identity tokens (METHOD row 4)."""
-
-    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
-        hidden = config.face_hidden or 2 * config.face_dim
-        self.tokens = config.face_tokens
-        self.proj_in = _linear(config.face_dim, hidden, rngs)
-        self.proj_out = _linear(hidden, config.face_tokens * config.cross_attention_dim, rngs)
-        self.norm = nnx.LayerNorm(config.cross_attention_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-    def __call__(self, embedding: Float[Array, "B E"]) -> Float[Array, "B n D"]:
-        """The zero embedding stays zero: it is the unconditional identity (row 11)."""
-        length = jnp.linalg.norm(embedding, axis=-1, keepdims=True)
-        hidden = self.proj_in(embedding / jnp.maximum(length, 1e-12))
-        tokens = self.proj_out(jax.nn.gelu(hidden, approximate=False))
-        return self.norm(rearrange(tokens, "B (n D) -> B n D", n=self.tokens))
+    def __call__(self, features: FaceFeatures) -> Float[Array, "B K D"]:
+        """c_id = [M_clip(hidden states), M_face(embedding)] (Eq. 4). Zeros give the unconditional identity (row 11)."""
+        tokens = []
+        if hasattr(self, "clip_mapper"):
+            seen = self.clip_mapper(jnp.asarray(features.clip_hidden_states))
+            tokens.append(seen.reshape(seen.shape[0], -1, seen.shape[-1]))  # one token of each, or the resampler's
+        if hasattr(self, "face_mapper"):
+            tokens.append(self.face_mapper(unit(jnp.asarray(features.face_embedding))))
+        return jnp.concatenate(tokens, axis=1)
 
 
 def _linear(dim_in: int, dim_out: int, rngs: nnx.Rngs) -> nnx.Linear:

@@ -1,19 +1,35 @@
 """The adapter, and how it is put into a frozen U-Net and taken out again."""
 
-from collections.abc import Iterator
+from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.identity.config import AdapterConfig, Switches
+from infinite_id_jax.identity.config import AdapterConfig, EncoderConfig, Switches
 from infinite_id_jax.identity.cross_attention import IdentityCrossAttention, IdentityProjection
-from infinite_id_jax.identity.encoder import ClipMapper, FaceMapper
+from infinite_id_jax.identity.encoder import InfiniteIDEncoder
+from infinite_id_jax.identity.face_id import FaceIDConfig, FaceIDEncoder
+from infinite_id_jax.identity.face_id_plus import FaceIDPlusConfig, FaceIDPlusEncoder
+from infinite_id_jax.identity.features import FaceFeatures
+from infinite_id_jax.identity.ip_adapter import IPAdapterConfig, IPAdapterEncoder
+from infinite_id_jax.identity.ip_adapter_full import IPAdapterFullConfig, IPAdapterFullEncoder
+from infinite_id_jax.identity.ip_adapter_plus import IPAdapterPlusConfig, IPAdapterPlusEncoder
+from infinite_id_jax.identity.low_rank import LowRankAttention, add_low_rank, remove_low_rank, set_rows
 from infinite_id_jax.identity.mixed_attention import bind
+from infinite_id_jax.identity.published import PublishedConfig
 from infinite_id_jax.identity.streams import Layout
-from infinite_id_jax.stable_diffusion.attention import BasicTransformerBlock
+from infinite_id_jax.stable_diffusion.attention import Attention, BasicTransformerBlock
 from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
 from infinite_id_jax.typing import Array, Bool, Float
+
+_ENCODERS: dict[type[EncoderConfig], Any] = {
+    AdapterConfig: InfiniteIDEncoder,
+    IPAdapterConfig: IPAdapterEncoder,
+    IPAdapterPlusConfig: IPAdapterPlusEncoder,
+    IPAdapterFullConfig: IPAdapterFullEncoder,
+    FaceIDConfig: FaceIDEncoder,
+    FaceIDPlusConfig: FaceIDPlusEncoder,
+}
 
 
 class AdapterParam(nnx.Param):
@@ -21,31 +37,36 @@ class AdapterParam(nnx.Param):
 
 
 class IdentityAdapter(nnx.Module):
-    """Everything Infinite-ID trains: both mappers and one projection for each cross-attention of `unet`."""
+    """An encoder of identities and one projection for each cross-attention of `unet`: what Infinite-ID trains.
 
-    def __init__(self, config: AdapterConfig, unet: UNet2DConditionModel, *, rngs: nnx.Rngs):
+    Some published adapters also bring low-rank maps for every attention.
+    """
+
+    def __init__(self, config: EncoderConfig, unet: UNet2DConditionModel, *, rngs: nnx.Rngs):
         config.check_fits(unet.config.cross_attention_dim)
         self.config = config
-        self.clip_mapper = ClipMapper(config, rngs=rngs)
-        self.face_mapper = FaceMapper(config, rngs=rngs)
-        width = config.cross_attention_dim
+        self.identity_encoder = _ENCODERS[type(config)](config, rngs=rngs)
+        attentions = _attentions(unet)
         self.ip_adapter = nnx.List(
-            IdentityProjection(width, heads * head_dim, rngs=rngs) for heads, head_dim in _head_shapes(unet)
+            IdentityProjection(config.cross_attention_dim, cross.to_out.in_features, rngs=rngs)
+            for _, cross in attentions
         )
+        if isinstance(config, PublishedConfig) and config.lora_rank:
+            both = [attention for pair in attentions for attention in pair]
+            self.lora = nnx.List(LowRankAttention(attention, config.lora_rank, rngs=rngs) for attention in both)
         _mark_as_adapter(self)
 
-    def __call__(
-        self, clip_hidden_states: Float[Array, "B L C"], face_embedding: Float[Array, "B E"]
-    ) -> Float[Array, "B K D"]:
-        """c_id = [M_clip(hidden states), M_face(embedding)] (Eq. 4). Zeros give the unconditional identity."""
-        tokens = [self.clip_mapper(clip_hidden_states), self.face_mapper(face_embedding)]
-        return jnp.concatenate(tokens, axis=1)
+    def __call__(self, features: FaceFeatures) -> Float[Array, "B K D"]:
+        """c_id of a batch of faces; the features that `config.needs` names are read (Eq. 4)."""
+        return self.identity_encoder(features)
 
 
-def _head_shapes(unet: UNet2DConditionModel) -> Iterator[tuple[int, int]]:
-    for block in transformer_blocks(unet, "files"):
-        attention = block.attn2.base if isinstance(block.attn2, IdentityCrossAttention) else block.attn2
-        yield attention.heads, attention.to_k.out_features // attention.heads
+def _attentions(unet: UNet2DConditionModel) -> list[tuple[Attention, Attention]]:
+    """(attn1, attn2) of every block in the order of files, whether an adapter is in or not."""
+    return [
+        (block.attn1, block.attn2.base if isinstance(block.attn2, IdentityCrossAttention) else block.attn2)
+        for block in transformer_blocks(unet, "files")
+    ]
 
 
 def _mark_as_adapter(module: nnx.Module) -> None:
@@ -67,13 +88,32 @@ def transformer_blocks(unet: UNet2DConditionModel, order: str) -> list[BasicTran
     ]
 
 
+def block_names(unet: UNet2DConditionModel) -> list[str]:
+    """Where the blocks lie, in the order of files: "down_blocks.1.attentions.0.transformer_blocks.0", ..."""
+    levels = [("down_blocks", unet.down_blocks), ("up_blocks", unet.up_blocks), ("mid_block", [unet.mid_block])]
+    return [
+        f"{name if name == 'mid_block' else f'{name}.{i}'}.attentions.{j}.transformer_blocks.{k}"
+        for name, blocks in levels
+        for i, level in enumerate(blocks)
+        for j, transformer in enumerate(getattr(level, "attentions", ()))
+        for k in range(len(transformer.transformer_blocks))
+    ]
+
+
 def inject(unet: UNet2DConditionModel, adapter: IdentityAdapter) -> None:
-    """Wrap every `attn2` of `unet` in place. Raises InputError if an adapter is already in."""
+    """Wrap every `attn2` of `unet` in place, and what the adapter has low-rank maps for.
+
+    Raises InputError if an adapter is already in.
+    """
     blocks = transformer_blocks(unet, "files")
     if any(isinstance(block.attn2, IdentityCrossAttention) for block in blocks):
         raise InputError("This U-Net already holds an adapter: eject it first.")
-    for block, projection in zip(blocks, adapter.ip_adapter, strict=True):
-        block.attn2 = IdentityCrossAttention(block.attn2, projection)
+    if hasattr(adapter, "lora"):
+        both = [attention for pair in _attentions(unet) for attention in pair]
+        for attention, low_rank in zip(both, adapter.lora, strict=True):
+            add_low_rank(attention, low_rank)
+    for i, (block, projection) in enumerate(zip(blocks, adapter.ip_adapter, strict=True)):
+        block.attn2 = IdentityCrossAttention(block.attn2, projection, i)
 
 
 def eject(unet: UNet2DConditionModel) -> None:
@@ -81,10 +121,18 @@ def eject(unet: UNet2DConditionModel) -> None:
     for block in transformer_blocks(unet, "files"):
         if isinstance(block.attn2, IdentityCrossAttention):
             block.attn2 = block.attn2.base
+            remove_low_rank(block.attn1)
+            remove_low_rank(block.attn2)
 
 
 def mix_streams(unet: UNet2DConditionModel, layout: Layout, switches: Switches, active: Bool[Array, ""] | None) -> None:
-    """Let the text stream reach the identity stream in `unet`'s self-attentions (in place; `active` may be traced)."""
+    """Let the text stream reach the identity stream in `unet`'s self-attentions (in place; `active` may be traced).
+
+    Low-rank maps of the adapter keep to the identity rows.
+    """
+    for pair in _attentions(unet):
+        for attention in pair:
+            set_rows(attention, layout)
     if switches.attention == "off":
         return
     attend = bind(layout, switches.attention, switches.style_merge, active)

@@ -13,6 +13,7 @@ from infinite_id_jax.diffusion.loss import add_noise, min_snr_weight, squared_er
 from infinite_id_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.cross_attention import IdentityContext
+from infinite_id_jax.identity.features import FaceFeatures
 from infinite_id_jax.identity.inject import IdentityAdapter, inject
 from infinite_id_jax.stable_diffusion.clip_vision import preprocess
 from infinite_id_jax.stable_diffusion.unet import AddedConditions
@@ -115,7 +116,7 @@ def row_losses(objective: Objective, arrays: Arrays, frozen: Frozen, batch: Batc
 
     hidden = hidden_states(objective, frozen, batch) * drawn.keep[:, None, None]
     embedding = batch["face_embedding"] * drawn.keep[:, None]
-    c_id = adapter(hidden.astype(dtype), embedding.astype(dtype))
+    c_id = adapter(FaceFeatures(hidden.astype(dtype), embedding.astype(dtype)))
     text, pooled = _text(objective, frozen, batch)
     added = AddedConditions(pooled, batch["time_ids"])
     prediction = unet(x_t, drawn.t.astype(jnp.float32), IdentityContext(text, c_id), added)

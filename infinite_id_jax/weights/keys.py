@@ -40,10 +40,22 @@ _RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\.ff\.proj\.", ".ff.net.0.proj."),
     (r"\.ff\.out\.", ".ff.net.2."),
     (r"\.attentions\.0\.attention\.to_", ".attentions.0.to_"),  # the VAE's PixelAttention
-    (r"_mapper\.proj_in\.", "_mapper.proj.0."),
-    (r"_mapper\.proj_out\.", "_mapper.proj.2."),
-    # Adapter files count attention processors, attn1 and attn2 in turn; identities live in every attn2.
+    # Adapters. Ours name their two mappers; the published ones have one module, named by its place in a Sequential.
+    (r"^identity_encoder\.(?=(clip|face)_mapper\.)", ""),
+    (r"^identity_encoder\.((mapper|resampler)\.)?", "image_proj."),
+    (r"^(image_proj|clip_mapper)\.perceiver\.", r"\1."),
+    (r"^(image_proj|\w+_mapper)\.fc_in\.", r"\1.proj.0."),
+    (r"^(image_proj|\w+_mapper)\.fc_out\.", r"\1.proj.2."),
+    (r"^image_proj\.last_norm\.", "image_proj.proj.3."),
+    (r"\.layers\.(\d+)\.attention\.out\.", r".layers.\1.0.to_out."),
+    (r"\.layers\.(\d+)\.attention\.", r".layers.\1.0."),
+    (r"\.layers\.(\d+)\.mlp\.norm\.", r".layers.\1.1.0."),
+    (r"\.layers\.(\d+)\.mlp\.fc_in\.", r".layers.\1.1.1."),
+    (r"\.layers\.(\d+)\.mlp\.fc_out\.", r".layers.\1.1.3."),
+    # Their files count attention processors, attn1 and attn2 in turn; identities live in every attn2.
     (r"^ip_adapter\.(\d+)\.", lambda match: f"ip_adapter.{2 * int(match[1]) + 1}."),
+    (r"^lora\.(\d+)\.to_out\.0_lora", r"ip_adapter.\1.to_out_lora"),
+    (r"^lora\.", "ip_adapter."),
 )
 
 
