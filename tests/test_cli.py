@@ -1,5 +1,6 @@
 """sample.py as a user meets it: what it refuses and how, what it writes, and how it goes on."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -13,12 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import sample
+from infinite_id_jax.faces.backends import get_backend
+from infinite_id_jax.faces.extract import extract_face
+from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.images import read_metadata
-from tests import photos
+from infinite_id_jax.weights.folder import load_base
+from infinite_id_jax.weights.save_base import save_single_file
+from tests import photos, published
 from tests.conftest import write_adapter
+from tests.reference_torch import tiny_sdxl_unet
 
 SCRIPT = Path(sample.__file__)
 PROMPTS = ("a man in the snow", "ein Förster, 人 🙂")
@@ -488,3 +497,50 @@ def test_odd_file_names_can_be_printed(place, tmp_path):
     run = process(argv, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     _, err = run.communicate()
     assert run.returncode == 0, err
+
+
+# Files from elsewhere
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tiny, tmp_path_factory) -> Path:
+    """What a user has downloaded: a single-file model, a FaceID-Plus for the offline face backend, a LoRA."""
+    folder = tmp_path_factory.mktemp("downloads")
+    (folder / "image_encoder").symlink_to(tiny.model / "image_encoder")
+    save_single_file(load_base(tiny.model), folder / "model.safetensors")
+    sizes = dataclasses.replace(published.TINY, face=128)
+    published.write("faceid_plusv2", folder, published.random_state("faceid_plusv2", tiny_sdxl_unet(), sizes))
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = {f"{key}.lora_A.weight": torch.ones(1, 64), f"{key}.lora_B.weight": torch.ones(64, 1)}
+    save_file(lora, folder / "style=flat.safetensors")
+    return folder
+
+
+def test_files_from_elsewhere_draw(capsys, place, elsewhere, tmp_path):
+    model = ("--model", str(elsewhere / "model.safetensors"), "--model-config", str(place / "model"))
+    adapter = ("--adapter", str(elsewhere / published.FILES["faceid_plusv2"]))
+    scale = ("--id-scale", '{"mid": 1, "up": {"block_0": [0, 1, 0]}}')
+    options = (*model, *adapter, *scale, "--streams", "one", "--save-aligned", "--num-images", "1")
+    lora = ("--lora", f"{elsewhere / 'style=flat.safetensors'}=0.5")
+    assert sample.main(arguments(place, tmp_path / "out", *options, *lora)) == 0
+    assert "IP-Adapter-FaceID-Plus V2: sees the penultimate hidden states" in capsys.readouterr().out
+    crop = Image.open(tmp_path / "out" / "aligned0-clip.png")
+    face = extract_face(open_photo(place / "Eileen Collins ü.png"), get_backend("offline"))
+    np.testing.assert_array_equal(np.asarray(crop), face.arcface_crop)
+
+    # Another strength of the LoRA, another file of the adapter: other images, which the first must not stand for.
+    other = ("--lora", str(elsewhere / "style=flat.safetensors"))
+    assert "is of another run" in refused(capsys, arguments(place, tmp_path / "out", *options, *other))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--id-scale", '{"down": {"block_0": 1}}'), "down_blocks.0, which has no cross-attention"),
+        (("--streams", "one", "--attention", "mutual"), "attention concerns the text stream"),
+        (("--lora", "nowhere.safetensors"), "nowhere.safetensors is missing"),
+        (("--model-config", "."), "is a folder with configurations of its own"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_early(capsys, place, tmp_path, options, says):
+    assert says in refused(capsys, arguments(place, tmp_path / "out", *options, "--dry-run"))

@@ -95,9 +95,9 @@ def test_files_stay_small(path):
 def test_help_and_faces_need_no_jax():
     """A user waits for neither JAX nor OpenCV to read the options or to hear of a missing file."""
     code = (
-        "import sys, sample, train, data_pipeline.__main__ as offline\n"
+        "import sys, sample, train, export, data_pipeline.__main__ as offline\n"
         "import infinite_id_jax.faces.backends, infinite_id_jax.faces.extract\n"
-        "sample.parser().format_help(), train.parser().format_help(), offline.parser().format_help()\n"
+        "for program in (sample, train, export, offline): program.parser().format_help()\n"
         "print([name for name in ('jax', 'flax', 'torch', 'cv2', 'dlib', 'insightface') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -6,13 +6,64 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.training.state import TrainState
+
+
+class Trained(NamedTuple):
+    """What a checkpoint holds of an adapter, without the optimiser."""
+
+    adapter: dict[str, np.ndarray]  # {PyTorch key: array in our layout}: the average where one is kept
+    step: int
+    run: dict[str, Any]  # the `run` of `Checkpoints`
+    folder: Path  # of the run: metrics.csv is there
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The folder of one checkpoint: `path`, or the newest below a run's output folder; None if there is none."""
+    if _is_checkpoint(path):
+        return path
+    for folder in (path / "checkpoints", path):
+        steps = [child for child in folder.glob("*") if child.name.isdigit() and _is_checkpoint(child)]
+        if steps:
+            return max(steps, key=lambda child: int(child.name))
+    return None
+
+
+_OF_THE_ADAPTER = ("adapter", "ema", "step")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "state").is_dir() and (path / "run").is_dir()
+
+
+def read_trained(checkpoint: Path) -> Trained:
+    """The adapter of one checkpoint. Raises InputError if it is damaged."""
+    _quieten()
+    try:
+        run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint.absolute() / "run")
+        handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        state = checkpoint.absolute() / "state"
+        known: Any = handler.metadata(state).item_metadata
+        wanted = {name: jax.tree.map(lambda _: 0, known.tree[name]) for name in _OF_THE_ADAPTER if name in known.tree}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        found = handler.restore(state, args=arguments)
+    except Exception as error:  # Orbax and its stores raise many kinds
+        raise InputError(_damaged(checkpoint, error)) from None
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return Trained(dict(found.get("ema") or found["adapter"]), int(found["step"]), run, folder)
+
+
+def _quieten() -> None:
+    for name in ("absl", "asyncio"):  # by which Orbax logs each step it takes, and again what it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -23,8 +74,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, run: Mapping[str, Any]):
-        for name in ("absl", "asyncio"):  # by which Orbax logs each step it takes, and again what it raises
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _quieten()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)

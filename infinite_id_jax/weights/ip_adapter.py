@@ -127,33 +127,42 @@ _FAMILIES: tuple[tuple[str, Callable[[_Shapes, int], PublishedConfig]], ...] = (
 )
 
 
-# {family: (key of ours, key of the same tensor in a release)}, in order.
+# {name in the releases: (key of ours, key of the same tensor in a release)}, in order.
 _AS_PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
-    "faceid": ((r"^face_mapper\.", "image_proj."),),
-    "ip_adapter_plus": ((r"^clip_mapper\.", "image_proj."),),
-    "ip_adapter_full": ((r"^clip_mapper\.norm\.", "image_proj.proj.3."), (r"^clip_mapper\.", "image_proj.")),
+    "ip-adapter-faceid_sdxl": ((r"^face_mapper\.", "image_proj."),),
+    "ip-adapter-plus_sdxl": ((r"^clip_mapper\.", "image_proj."),),
+    "ip-adapter-full-face_sdxl": ((r"^clip_mapper\.norm\.", "image_proj.proj.3."), (r"^clip_mapper\.", "image_proj.")),
+}
+_RELEASES = {
+    "ip_adapter": "ip-adapter_sdxl",
+    "ip_adapter_plus": "ip-adapter-plus_sdxl",
+    "ip_adapter_full": "ip-adapter-full-face_sdxl",
+    "faceid": "ip-adapter-faceid_sdxl",
+    "faceid_plus": "ip-adapter-faceid-plusv2_sdxl",
 }
 
 
 def as_published(config: EncoderConfig, tensors: Mapping[str, T]) -> tuple[str, dict[str, T]]:
-    """(family, tensors under the keys of its releases): what `load_ip_adapter` and ComfyUI's IPAdapter nodes read.
+    """(a release's name, tensors under its keys), as diffusers' `load_ip_adapter` reads them.
 
     Raises InputError for an adapter that no published family computes.
     """
     if isinstance(config, PublishedConfig):
-        return config.family, dict(tensors)
+        first_version = isinstance(config, FaceIDPlusConfig) and config.shortcut_scale is None
+        name = _RELEASES[config.family]
+        return name.replace("plusv2", "plus") if first_version else name, dict(tensors)
     assert isinstance(config, AdapterConfig)
-    family = _structure(config)
+    name = _structure(config)
     named = dict(tensors)
-    for pattern, replacement in _AS_PUBLISHED[family]:
+    for pattern, replacement in _AS_PUBLISHED[name]:
         named = {re.sub(pattern, replacement, key): tensor for key, tensor in named.items()}
-    return family, named
+    return name, named
 
 
 def _structure(config: AdapterConfig) -> str:
-    """The family whose encoder is that of an adapter of ours."""
+    """The release whose encoder is that of an adapter of ours."""
     if config.clip_mapper == "none":
-        return "faceid"
+        return "ip-adapter-faceid_sdxl"
     if config.face_tokens:
         raise InputError(
             "This adapter puts CLIP's tokens and face tokens into one attention, which no published family does: "
@@ -164,4 +173,23 @@ def _structure(config: AdapterConfig) -> str:
             f"This adapter sees CLIP's {config.clip_layer} hidden states and published families the penultimate ones: "
             "export it with --format diffusers, which brings its own runtime, or train with clip_layer=penultimate."
         )
-    return "ip_adapter_plus" if config.clip_mapper == "resampler" else "ip_adapter_full"
+    return "ip-adapter-plus_sdxl" if config.clip_mapper == "resampler" else "ip-adapter-full-face_sdxl"
+
+
+def check_comfyui(config: EncoderConfig) -> None:
+    """Raise InputError unless ComfyUI's IPAdapter nodes take the adapter: their sizes are fixed (IPAdapterPlus.py)."""
+    if isinstance(config, IPAdapterFullConfig) or (isinstance(config, AdapterConfig) and config.clip_mapper == "mlp"):
+        raise InputError(
+            "ComfyUI's IPAdapter nodes take no adapter with a token for each of CLIP's hidden states over SDXL: export "
+            "it with --format diffusers, or train with adapter.clip_mapper=resampler."
+        )
+    if not isinstance(config, AdapterConfig):
+        return
+    if config.clip_mapper == "resampler":
+        names, fixed = ("queries", "dim", "depth", "heads"), (16, 1280, 4, 20)
+        wanted = {f"resampler_{name}": size for name, size in zip(names, fixed, strict=True)}
+    else:
+        wanted = {"face_dim": 512, "face_tokens": 16}
+    others = [f"{name}={size}" for name, size in wanted.items() if getattr(config, name) != size]
+    if others:
+        raise InputError(f"ComfyUI's IPAdapter nodes take such an adapter with {', '.join(others)} only: train it so.")

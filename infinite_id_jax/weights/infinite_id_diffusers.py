@@ -1,0 +1,400 @@
+"""Infinite-ID on diffusers: two-stream sampling of SDXL with an identity adapter, in PyTorch alone.
+
+    pipe = DiffusionPipeline.from_pretrained(SDXL, custom_pipeline=FILE, trust_remote_code=True)
+    pipe.load_infinite_id(FOLDER)
+    person = pipe.encode_identity(clip_hidden_states=..., face_embedding=...)
+    images = pipe.sample(["a man in the snow"], [person]).images
+
+FILE is this one and needs no other. FOLDER holds `adapter_config.json` and `adapter.safetensors`; published SDXL
+adapters in safetensors (IP-Adapter, Plus, Full-Face, FaceID, FaceID-Plus) load too. Equations are arXiv 2403.11781's.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline  # pyright: ignore[reportPrivateImportUsage]
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CLIPImageProcessor
+
+# What an adapter takes of a face. EMPTY is CLIP's answer to an image of zeros: nobody, for guidance, in some families.
+HIDDEN, POOLED, FACE, EMPTY = "clip_hidden_states", "clip_pooled", "face_embedding", "empty_clip_hidden_states"
+OURS = {"clip_mapper.": HIDDEN, "face_mapper.": FACE}
+KEYS, SHORTCUT = ("to_k_ip", "to_v_ip"), "shortcut_scale"
+PUBLISHED = {  # by a key that a family alone has among those below it
+    "image_proj.latents": (HIDDEN, EMPTY),  # Plus, Plus-Face
+    "image_proj.proj.3.weight": (HIDDEN, EMPTY),  # Full-Face
+    "image_proj.perceiver_resampler.proj_in.weight": (FACE, HIDDEN, EMPTY),  # FaceID-Plus
+    "image_proj.proj.weight": (POOLED,),  # IP-Adapter
+    "image_proj.proj.2.weight": (FACE,),  # FaceID
+}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE |= {"timestep_spacing": "leading", "set_alpha_to_one": False}
+
+
+class Adapter(dict[str, Tensor]):
+    """An adapter's tensors under the names of its file. ValueError for one that is not there."""
+
+    def __init__(self, tensors: dict[str, Tensor], config: dict[str, Any]):
+        super().__init__(tensors)
+        published = [needs for key, needs in PUBLISHED.items() if key in self]
+        ours = tuple(name for mapper, name in OURS.items() if any(key.startswith(mapper) for key in self))
+        self.config, self.published, self.needs = config, bool(published), published[0] if published else ours
+        self.clip_layer = config.get("clip_layer", "penultimate" if published else "last")
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(f"The adapter has no {key}: its file is incomplete, or of another kind.")
+
+    def tokens(self, features: dict[str, Tensor]) -> Tensor:
+        """c_id [K, width] of one person (Eq. 4), from [L, clip_dim], [clip_dim], [face_dim], as `needs` names them."""
+        inputs = [F.normalize(features[x], dim=-1) if x == FACE else features[x] for x in self.needs if x != EMPTY]
+        if not self.published:
+            mappers = [mapper for mapper, name in OURS.items() if name in self.needs]
+            return torch.cat([self._map(mapper, x) for mapper, x in zip(mappers, inputs, strict=True)])
+        tokens = self._map("image_proj.", inputs[0])
+        if len(inputs) == 1:
+            return tokens
+        seen, scale = self._resample("image_proj.perceiver_resampler.", inputs[1], tokens), self.config[SHORTCUT]
+        return seen if scale is None else tokens + scale * seen  # FaceID-Plus version 1, or 2
+
+    def _map(self, name: str, x: Tensor) -> Tensor:
+        """[..., dim] -> [tokens, width]: a resampler; or one linear map, or two around GELU, then LayerNorm."""
+        if f"{name}latents" in self:
+            return self._resample(name, x, self[f"{name}latents"][0])
+        if f"{name}proj.weight" in self:
+            x = self.project(f"{name}proj", x)
+        else:
+            x = self.project(f"{name}proj.2", F.gelu(self.project(f"{name}proj.0", x)))
+        norm = f"{name}proj.3" if f"{name}proj.3.weight" in self else f"{name}norm"
+        return self._norm(norm, x.reshape(-1, len(self[f"{norm}.weight"])))
+
+    def _resample(self, name: str, x: Tensor, latents: Tensor) -> Tensor:
+        """IP-Adapter-Plus's perceiver: latents [n, dim] look at x [L, dim_in] and at themselves -> [n, width]."""
+        x, layer = self.project(f"{name}proj_in", x), 0
+        while (at := f"{name}layers.{layer}.") + "0.to_q.weight" in self:
+            own, layer = self._norm(f"{at}0.norm2", latents), layer + 1
+            k, v = self.project(f"{at}0.to_kv", torch.cat([self._norm(f"{at}0.norm1", x), own])).chunk(2, dim=-1)
+            heads = self.config.get("resampler_heads", k.shape[-1] // 64)
+            q, k, v = (split_heads(part[None], heads) for part in (self.project(f"{at}0.to_q", own), k, v))
+            latents = latents + self.project(f"{at}0.to_out", attend(q, k, v)[0].transpose(0, 1).flatten(1))
+            hidden = self.project(f"{at}1.1", self._norm(f"{at}1.0", latents))
+            latents = latents + self.project(f"{at}1.3", F.gelu(hidden))
+        return self._norm(f"{name}norm_out", self.project(f"{name}proj_out", latents))
+
+    def project(self, name: str, x: Tensor) -> Tensor:  # by the linear map of this name
+        weight = self[f"{name}.weight"]
+        return F.linear(x.to(weight), weight, self.get(f"{name}.bias"))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self[f"{name}.weight"], self[f"{name}.bias"])
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """An adapter folder, or a published .safetensors file. ValueError for what is damaged or something else."""
+    path, config = Path(path), {}
+    try:
+        if path.is_dir():
+            config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            path = path / "adapter.safetensors"
+        version_1 = "plus" in path.name.lower().replace("plusv2", "")  # FaceID-Plus as published
+        config = {SHORTCUT: None if version_1 else 1.0} | config
+        with safe_open(path, framework="pt") as file:
+            adapter = Adapter({key: file.get_tensor(key) for key in sorted(file.keys())}, config)
+            types, metadata = {key: file.get_slice(key).get_dtype() for key in adapter}, file.metadata() or {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is no whole adapter ({error}): give another folder or .safetensors file.") from None
+    digest = hashlib.sha256()
+    for key, tensor in adapter.items():
+        digest.update(f"{key}:{types[key]}:{'x'.join(map(str, tensor.shape))};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if metadata.get("sha256", digest.hexdigest()) != digest.hexdigest():
+        raise ValueError(f"{path} is damaged (its checksum does not fit its contents): copy it again.")
+    if not adapter.needs:
+        raise ValueError(f"{path} is no identity adapter of a known family: give another.")
+    return adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """The variants of the method and its two numbers. ValueError for a value that cannot be used."""
+
+    streams: Literal["two", "one"] = "two"  # one: identity rows with plain self-attention, as published IP-Adapters run
+    attention: Literal["mixed", "mutual", "off"] = "mixed"  # identity rows look at text rows: Eq. 5; at them alone; not
+    style_merge: Literal["none", "adain_mean", "adain"] = "none"  # what identity keys and values take over (Eq. 7, 8)
+    cross_merge: bool = True  # the text term of Eq. 6
+    id_scale: float = 1.0
+    text_scale: float = 1.0
+    text_stream: Literal["own", "shared"] = "own"  # shared: it looks at the identity stream's latents
+    pooled_text: Literal["prompt", "zeros"] = "prompt"  # in the identity stream
+    step_range: tuple[int, int | None] = (0, None)  # (first, end) of the steps in which `attention` applies
+    layer_range: tuple[int, int | None] = (0, None)  # and of the self-attention layers, in order of execution
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in allowed:
+                raise ValueError(f"Unknown {field.name} {value!r}: choose from {', '.join(allowed)}.")
+            of_text = field.name in ("attention", "text_stream", "step_range", "layer_range")
+            if of_text and self.streams == "one" and value not in (field.default, "off"):
+                raise ValueError(f"{field.name} concerns the text stream, which streams='one' lacks: leave it out.")
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of a batch: in each guidance half the text rows, prompt-major, and then `people` rows of each prompt."""
+
+    halves: int  # unconditional before conditional; 1 without guidance
+    prompts: int
+    people: int
+    texts: int  # text rows of a half: one a prompt; with a shared text stream one an identity row; in one stream none
+    step: int = 0  # the sampler's, now
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, ...] -> text rows [halves, T, ...], and identity rows beside theirs [halves, T, rows of each, ...]."""
+        x = x.unflatten(0, (self.halves, -1))
+        return x[:, : self.texts], x[:, self.texts :].unflatten(1, (max(self.texts, self.prompts), -1))
+
+    def join(self, text: Tensor, identity: Tensor) -> Tensor:  # the inverse of `split`
+        return torch.cat([text, identity.flatten(1, 2)], dim=1).flatten(0, 1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What belongs to the prompts [P, ...], for all rows of one half."""
+        return torch.cat([x.repeat_interleave(n, 0) for n in (self.texts // self.prompts, self.people)])
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., L, heads * d] -> [..., heads, L, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax(Q K^T / sqrt(d)) V over [..., heads, L, d]."""
+    return F.scaled_dot_product_attention(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)).reshape(q.shape)
+
+
+def merge_style(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """x [..., L, d] with y's mean over its tokens (Eq. 8), for adain also y's deviation; in fp32."""
+    if name == "none":
+        return x
+    x32, y32 = x.float(), y.float()
+    var_x, var_y = (z.var(-2, keepdim=True) + 1e-5 for z in (x32, y32))
+    scale = (var_y / var_x).sqrt() if name == "adain" else 1.0
+    return ((x32 - x32.mean(-2, keepdim=True)) * scale + y32.mean(-2, keepdim=True)).to(x.dtype)
+
+
+class IdentityAttention:
+    """The processor of layer `n` of the adapter's file: text rows are plain SDXL's, identity rows see more.
+
+    tokens: for a cross-attention c_id [halves, T or 1, rows of each, K, width], with T as `Rows.split` has it.
+    mixes: whether a self-attention is one of those where the text stream reaches the identity stream.
+    """
+
+    def __init__(self, adapter: Adapter, n: int, rows: Rows, s: Switches, tokens: Tensor | None, mixes: bool):
+        self.adapter, self.name, self.rows, self.switches, self.mixes = adapter, f"ip_adapter.{n}.", rows, s, mixes
+        # K'_id and V'_id are the same at all steps.
+        self.identity = [] if tokens is None else [adapter.project(f"{self.name}{key}", tokens) for key in KEYS]
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any):
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        inputs = {"to_q": hidden_states, "to_k": source, "to_v": source}
+        q, k, v = (split_heads(self._map(key, getattr(attn, key), x), attn.heads) for key, x in inputs.items())
+        out = self._cross_attention(q, k, v) if self.identity else self._self_attention(q, k, v)
+        return attn.to_out[1](self._map("to_out", attn.to_out[0], out.transpose(1, 2).flatten(2)))
+
+    def _map(self, key: str, linear: torch.nn.Module, x: Tensor) -> Tensor:
+        """The layer's own linear map, and in the identity rows FaceID's low-rank one beside it."""
+        y, lora = linear(x), f"{self.name}{key}_lora"
+        if f"{lora}.down.weight" not in self.adapter:
+            return y
+        text, identity = self.rows.split(y)
+        down = self.adapter.project(f"{lora}.down", self.rows.split(x)[1])
+        return self.rows.join(text, identity + self.adapter.project(f"{lora}.up", down))
+
+    def _self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Identity rows attend to themselves and to their text row (Eq. 5), text rows to themselves."""
+        s, (first, end) = self.switches, self.switches.step_range
+        if not self.mixes or not first <= self.rows.step < (math.inf if end is None else end):
+            return attend(q, k, v)
+        (q_t, q_id), (k_t, k_id), (v_t, v_id) = (self.rows.split(x) for x in (q, k, v))
+        texts = attend(q_t, k_t, v_t)
+        k_t, v_t = (x[:, :, None].expand(k_id.shape) for x in (k_t, v_t))
+        if s.attention == "mixed":
+            k_t, v_t = (torch.cat([merge_style(s.style_merge, x, y), y], -2) for x, y in ((k_id, k_t), (v_id, v_t)))
+        return self.rows.join(texts, attend(q_id, k_t, v_t))
+
+    def _cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """In identity rows id_scale Attn(Q, K'_id, V'_id) + text_scale Attn(Q, K'_t, V'_t) (Eq. 6)."""
+        s, (texts, read) = self.switches, self.rows.split(attend(q, k, v))
+        q_id, k_t, v_t = (self.rows.split(x)[1] for x in (q, k, v))
+        k_id, v_id = (split_heads(x, q.shape[1]).expand(-1, q_id.shape[1], *[-1] * 4) for x in self.identity)
+        if s.cross_merge:
+            k_id, v_id = (merge_style(s.style_merge, x, y) for x, y in ((k_id, k_t), (v_id, v_t)))
+        seen = s.id_scale * attend(q_id, k_id, v_id)
+        return self.rows.join(texts, seen + s.text_scale * read if s.cross_merge else seen)
+
+
+class Identity(NamedTuple):
+    """One person (or a mixture) as identity tokens c_id [K, width], and nobody as as many, for guidance."""
+
+    tokens: Tensor
+    unconditional: Tensor
+
+
+class InfiniteIDOutput(NamedTuple):
+    """P x M images, prompt-major, and final latents [P * M, 4, h, w]; of the text stream [P, 4, h, w] if it has any."""
+
+    images: Any
+    latents: Tensor
+    text_stream_latents: Tensor | None
+
+
+class InfiniteIDPipeline(StableDiffusionXLPipeline):
+    """Plain SDXL where it is called as in diffusers; Infinite-ID by `sample`, with any deterministic scheduler."""
+
+    adapter: Adapter | None = None
+    image_encoder: Any  # transformers' CLIPVisionModelWithProjection, or None
+    scheduler: Any
+
+    def load_infinite_id(self, path: str | Path) -> None:
+        """Take an adapter folder, or a published .safetensors file, and DDIM. ValueError for what does not fit."""
+        adapter, said = read_adapter(path), dict(self.scheduler.config)
+        for n, name in enumerate(self.unet.attn_processors):
+            needed = self.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+            for key in (f"ip_adapter.{n}.{part}.weight" for part in KEYS if ".attn2." in name):
+                if adapter[key].shape != needed:
+                    raise ValueError(f"{path} has {key} {list(adapter[key].shape)}; this model takes {list(needed)}.")
+        for key in said.pop("_use_default_values", []):  # a scheduler's own defaults; SDXL's are others
+            del said[key]
+        self.adapter, self.scheduler = adapter, DDIMScheduler.from_config(SCHEDULE | said, clip_sample=False)
+
+    @torch.no_grad()
+    def encode_identity(self, head_crop: Any = None, **features: Any) -> Identity:
+        """One person from features of a face, tensors or arrays; with an image_encoder CLIP's from a PIL head_crop.
+
+        clip_hidden_states [L, clip_dim] of the layer the adapter was trained with, clip_pooled [clip_dim],
+        face_embedding [face_dim], empty_clip_hidden_states, of an image of zeros. ValueError names what is missing.
+        """
+        adapter = self._loaded()
+        if self.image_encoder is not None:
+            features = (self._see(head_crop) if head_crop is not None else {}) | features
+            features = ({EMPTY: self._see(None)[HIDDEN]} if EMPTY in adapter.needs else {}) | features
+        missing = [name for name in adapter.needs if features.get(name) is None]
+        if missing:
+            raise ValueError(f"This adapter also takes {' and '.join(missing)}: give it to encode_identity.")
+        person = {name: torch.as_tensor(features[name]) for name in adapter.needs}
+        nobody = {name: torch.zeros_like(x) for name, x in person.items()}
+        nobody |= {HIDDEN: person[EMPTY]} if EMPTY in person else {}
+        return Identity(adapter.tokens(person), adapter.tokens(nobody))
+
+    def mix_identities(self, identities: list[Identity], weights: list[float] | None = None) -> Identity:
+        """Several people as one: their tokens side by side, or with weights that sum to 1 their weighted sum (A.7)."""
+        parts = zip(*identities, strict=True)
+        if weights is None:
+            return Identity(*(torch.cat(part) for part in parts))
+        alike = len({person.tokens.shape for person in identities}) == 1 and len(weights) == len(identities)
+        if not alike or not math.isclose(sum(weights), 1, abs_tol=1e-4):
+            raise ValueError(f"The weights {weights} must be one for each identity, of one person each, and sum to 1.")
+        return Identity(*(torch.stack([w * x for w, x in zip(weights, part, strict=True)]).sum(0) for part in parts))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: str | list[str],
+        identities: Identity | list[Identity],
+        *,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 30,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        seed: int | torch.Generator | list[torch.Generator] = 0,
+        latents: Tensor | None = None,
+        output: str = "pil",
+        **switches: Any,
+    ) -> InfiniteIDOutput:
+        """P prompts x M identities -> P * M images, prompt-major; `switches` are the fields of `Switches`.
+
+        Prompt row p starts from the noise of seed + p, or of generators; or from latents[p] of [P, 4, h, w], unit
+        normal. guidance_scale of 1 or less turns guidance off. negative_prompt None is zero embeddings. output: pil,
+        np, pt or latent. ValueError for what cannot be used.
+        """
+        s = Switches(**switches)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        people = [identities] if isinstance(identities, Identity) else list(identities)
+        if not prompts or not people:
+            raise ValueError("There is nothing to sample: give at least one prompt and one identity.")
+        sides = (self.default_sample_size,) * 2 if latents is None else latents.shape[2:]
+        size = [n * self.vae_scale_factor if x is None else x for n, x in zip(sides, (height, width), strict=True)]
+        shape = (len(prompts), self.unet.config.in_channels, *(n // self.vae_scale_factor for n in size))
+        if isinstance(seed, int):
+            seed = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+        latents = randn_tensor(shape, seed) if latents is None else latents
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {list(latents.shape)}; {list(shape)} is needed.")
+        copies = 0 if s.streams == "one" else len(people) if s.text_stream == "shared" else 1
+        rows, ended = Rows(2 if guidance_scale > 1 else 1, len(prompts), len(people), len(prompts) * copies), []
+
+        def after_step(_: Any, step: int, t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            rows.step, x = step + 1, values["latents"]
+            x = torch.cat([x[rows.texts :]] * 2) if s.text_stream == "shared" else x
+            ended[:] = [x]
+            return {"latents": x[rows.texts :] if rows.step == self.num_timesteps else x}  # text is not decoded
+
+        options: Any = self._conditions(prompts, negative_prompt, rows, s)
+        options |= {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "output_type": output}
+        options |= {"height": size[0], "width": size[1], "latents": rows.spread(latents).to(self.unet.dtype)}
+        options |= {"num_inference_steps": steps, "callback_on_step_end": after_step}
+        before = self.unet.attn_processors
+        self.unet.set_attn_processor(self._processors(people, rows, s))
+        try:  # to diffusers' own loop the rows of both streams are one batch
+            out: Any = self(**options)
+        finally:
+            self.unet.set_attn_processor(before)
+        own = s.streams == "two" and s.text_stream == "own"
+        return InfiniteIDOutput(out.images, ended[0][rows.texts :], ended[0][: rows.texts] if own else None)
+
+    def _conditions(self, prompts: Any, negative: Any, rows: Rows, s: Switches) -> dict[str, Tensor | None]:
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        encoded = self.encode_prompt(prompts, None, self._execution_device, 1, rows.halves == 2, negative)
+        spread = {name: None if x is None else rows.spread(x) for name, x in zip(names, encoded, strict=True)}
+        for pooled in (x for name, x in spread.items() if "pooled" in name and x is not None):
+            pooled[rows.texts :] *= s.pooled_text == "prompt"
+        return spread
+
+    def _processors(self, people: list[Identity], rows: Rows, s: Switches) -> dict[str, IdentityAttention]:
+        adapter, names = self._loaded(), list(self.unet.attn_processors)
+        length = math.lcm(*(len(x.tokens) for x in people))  # repeating all tokens of one is invisible to softmax
+        parts = [[x.repeat(length // len(x), 1) for x in part] for part in zip(*people, strict=True)]
+        tokens = torch.stack([torch.stack(part) for part in parts[::-1][-rows.halves :]])
+        # [halves, people, K, width] -> [halves, T or 1, rows of each, K, width]
+        tokens = tokens[:, None] if rows.texts <= rows.prompts else tokens.repeat(1, rows.prompts, 1, 1)[:, :, None]
+        order = [x for stage in ("down", "mid", "up") for x in names if x.startswith(stage) and ".attn1." in x]
+        mixing = order[slice(*s.layer_range)] if rows.texts and s.attention != "off" else []
+        return {
+            name: IdentityAttention(adapter, n, rows, s, tokens if ".attn2." in name else None, name in mixing)
+            for n, name in enumerate(names)
+        }
+
+    def _loaded(self) -> Adapter:
+        if self.adapter is None:
+            raise ValueError("Identities need an adapter: call load_infinite_id(FOLDER) first.")
+        moved = {key: x.to(self._execution_device, self.unet.dtype) for key, x in self.adapter.items()}
+        self.adapter = Adapter(moved, self.adapter.config)
+        return self.adapter
+
+    def _see(self, picture: Any) -> dict[str, Tensor]:
+        size = self.image_encoder.config.image_size
+        pixels = torch.zeros(1, 3, size, size)
+        if picture is not None:
+            pixels = CLIPImageProcessor(size=size, crop_size=size)(picture, return_tensors="pt")["pixel_values"]
+        out = self.image_encoder(pixels.to(self._execution_device, self.image_encoder.dtype), output_hidden_states=True)
+        hidden = out.last_hidden_state if self._loaded().clip_layer == "last" else out.hidden_states[-2]
+        return {HIDDEN: hidden[0], POOLED: out.image_embeds[0]}
