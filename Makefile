@@ -12,7 +12,8 @@ demo: $(VENV)/.demo
 	$(PY) -m examples.demo outputs/demo
 
 test: lint
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 -m "not alone"
+	$(PY) -m pytest -m alone
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -187,7 +187,7 @@ def plan(
         "id_weights": args.id_weights,
         "model": fingerprint(model),
         "model_config": None if args.model_config is None else fingerprint(Path(args.model_config)),
-        "lora": {fingerprint(Path(file)): scale for file, scale in args.lora},
+        "lora": [[fingerprint(Path(file)), scale] for file, scale in args.lora],
         "adapter": fingerprint(Path(args.adapter)),
         "image_encoder": fingerprint(image_encoder_folder(args, model)),
         "faces": [_digest(face) for face in faces],

@@ -1,5 +1,8 @@
 """What a user can get wrong: each error is one sentence that names the thing and the cure."""
 
+import math
+from typing import Any
+
 
 class InputError(ValueError):
     """A file, an option or a checkpoint that cannot be used as given. Programs exit with `exit_code`."""
@@ -36,3 +39,20 @@ class DivergedError(InputError):
     """The loss of a training run was not finite any more."""
 
     exit_code = 4
+
+
+def finite(name: str, value: Any) -> float:
+    """`value` as a float. Raises InputError, which calls it `name`, for what is no number or not a finite one."""
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{name} is {value!r}: give a finite number.")
+    return number
+
+
+def shown(text: object, limit: int = 100) -> str:
+    """What a file says, fit for a terminal: without control characters, and at most `limit` letters."""
+    clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
+    return clean if len(clean) <= limit else f"{clean[:limit]}..."

@@ -58,15 +58,18 @@ def save_json(content: dict[str, Any], path: Path) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
+_OF_MODELS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".json", ".txt")
+
+
 def fingerprint(model: Path) -> str:
     """Tells models apart without reading all of them: 16 hex digits over names, sizes and 16 MiB of each file.
 
-    The parts are spread evenly; files of 16 MiB or less count whole. Of a folder, looks into it and its subfolders,
-    which may be links. Raises InputError for a file that may not be read.
+    The parts are spread evenly; files of 16 MiB or less count whole. Of a folder, the weights and settings in it and
+    in its subfolders, which may be links. Raises InputError for a file that may not be read.
     """
     digest = hashlib.sha256()
     for path in [model] if model.is_file() else sorted([*model.glob("*"), *model.glob("*/*")]):
-        if path.suffix not in (".safetensors", ".bin", ".msgpack", ".json", ".txt") or not path.is_file():
+        if (path != model and path.suffix not in _OF_MODELS) or not path.is_file():
             continue
         try:
             size = path.stat().st_size

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from infinite_id_jax import conditioning
 from infinite_id_jax.diffusion.samplers import trajectory
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, finite
 from infinite_id_jax.faces.extract import ExtractedFace, extract_face
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import FaceBackend
@@ -32,10 +32,9 @@ from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, Vision
 from infinite_id_jax.stable_diffusion.low_rank import set_lora_scale
 from infinite_id_jax.stable_diffusion.tokenizer import unseen_words
 from infinite_id_jax.typing import Array, Float
-from infinite_id_jax.weights.adapter import load_adapter, read_adapter_config, save_adapter
-from infinite_id_jax.weights.folder import StableDiffusionXL, load_base, load_image_encoder, read_settings, resolve
-from infinite_id_jax.weights.lora import attach_lora, read_lora
-from infinite_id_jax.weights.lora import merge_lora as merge_lora_into
+from infinite_id_jax.weights import lora as lora_files
+from infinite_id_jax.weights.adapter import check_adapter, load_adapter, save_adapter
+from infinite_id_jax.weights.folder import StableDiffusionXL, describe_base, load_base, load_image_encoder, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = ("pil", "numpy", "latent")
@@ -97,7 +96,7 @@ class InfiniteIDPipeline:
         image_encoder: str | PathLike[str] | None = None,
         faces: str | FaceBackend = "auto",
         config: str | PathLike[str] | None = None,
-        lora: str | PathLike[str] | Mapping[str, float] | None = None,
+        lora: lora_files.Files | None = None,
         merge_lora: bool = True,
     ) -> "InfiniteIDPipeline":
         """Load an SDXL folder (diffusers' layout), single file (CompVis' layout) or hub id, and an adapter.
@@ -106,8 +105,9 @@ class InfiniteIDPipeline:
         known by its keys; without one, text-to-image only.
         mesh: "data=1,fsdp=1,tensor=1", a mapping, a Mesh, or None for one device. image_encoder: the folder of the
         CLIP image encoder if it is not `image_encoder/` in the base. config: a folder with the configurations of a
-        single file that are not SDXL 1.0's. lora: a LoRA file for the base, or {file: scale}; with merge_lora=False
-        it stays beside the weights and `set_lora_scale` changes it. Raises InputError for what cannot be used.
+        single file that are not SDXL 1.0's. lora: a LoRA file for the base, several, or {file: scale}; with
+        merge_lora=False it stays beside the weights and `set_lora_scale` changes it. Raises InputError for what cannot
+        be used.
         """
         if dtype not in DTYPES:
             raise InputError(f"Unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
@@ -117,13 +117,17 @@ class InfiniteIDPipeline:
         sharding = None if device_mesh is None else parameter_sharding(device_mesh)
         model = resolve(base if isinstance(base, str) else Path(base))
         settings = None if config is None else Path(config)
-        if adapter is not None:  # before anything large is read
-            width = read_settings(model, settings).unet.cross_attention_dim
-            read_adapter_config(Path(adapter)).check_fits(width)
+        described = describe_base(model, settings)  # what does not fit is known before anything large is read
+        if adapter is not None:
+            check_adapter(Path(adapter), described.unet)
+        scales = lora_files.checked_loras(lora)
+        updates = {file: lora_files.read_lora(Path(file), described) for file in scales}
         loaded = load_base(model, config=settings, dtype=dtype, sharding=sharding)
-        for file, scale in _loras(lora).items():
-            update = read_lora(Path(file), loaded)
-            loaded = merge_lora_into(loaded, update, scale) if merge_lora else attach_lora(loaded, update, file, scale)
+        for file, update in updates.items():
+            if merge_lora:
+                loaded = lora_files.merge_lora(loaded, update, scales[file])
+            else:
+                loaded = lora_files.attach_lora(loaded, update, file, scales[file])
         vision = Path(image_encoder or (model if model.is_dir() else model.parent) / "image_encoder")
         return cls(
             loaded,
@@ -144,7 +148,9 @@ class InfiniteIDPipeline:
     def image_encoder(self) -> CLIPVisionModel:
         """The CLIP image encoder, loaded when a photo first needs it."""
         if self._make_image_encoder is None:
-            raise InputError("This pipeline has no CLIP image encoder: pass FaceFeatures, or load one.")
+            raise InputError(
+                "This pipeline has no CLIP image encoder: pass FaceFeatures with all its fields, or load one."
+            )
         return self._make_image_encoder()
 
     def save_adapter(self, folder: str | PathLike[str]) -> None:
@@ -157,7 +163,7 @@ class InfiniteIDPipeline:
         Raises InputError if there is none of that name.
         """
         parts = [self._unet, *self._text_encoders]
-        self._unet, *self._text_encoders = set_lora_scale(parts, fspath(file), scale)
+        self._unet, *self._text_encoders = set_lora_scale(parts, fspath(file), finite("The LoRA's scale", scale))
 
     def encode_identity(
         self,
@@ -237,8 +243,7 @@ class InfiniteIDPipeline:
         output: pil, numpy (floats in [0, 1]) or latent (no decoding). progress: called with the number of finished
         steps. Raises InputError for values that cannot be used.
         """
-        prompts = _checked_prompts(prompts)
-        people = [identities] if isinstance(identities, Identity) else list(identities or ())
+        prompts, people = _checked_prompts(prompts), checked_people(identities)
         switches = Switches(
             streams, attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range
         )
@@ -270,10 +275,10 @@ class InfiniteIDPipeline:
             identity=self._identity_tokens(people, halves),
             time_ids=conditioning.time_ids(shape[0] * factor, shape[1] * factor),
             controls=Controls(
-                np.float32(guidance_scale),
-                np.float32(guidance_rescale),
+                np.float32(finite("guidance_scale", guidance_scale)),
+                np.float32(finite("guidance_rescale", guidance_rescale)),
                 layer_scales(self._blocks, id_scale),
-                np.float32(text_scale),
+                np.float32(finite("text_scale", text_scale)),
             ),
             trajectory=trajectory(scheduler, self.settings.schedule, steps),
         )
@@ -300,24 +305,27 @@ class InfiniteIDPipeline:
         """Tokens of a person, and of nobody: features of zeros, or CLIP's answer to an image of zeros (row 11)."""
         needs = self._require_adapter().config.needs
         person = needs.select(features)
-        nobody = jax.tree.map(jnp.zeros_like, person)
-        if needs.empty_image:
-            nobody = dataclasses.replace(nobody, clip_hidden_states=self._empty_hidden_states(features))
-        tokens, unconditional = (
-            conditioning.map_features(self._split_adapter, jax.tree.map(lambda x: x[None], each))[0]
-            for each in (person, nobody)
-        )
+        empty = features.empty_clip_hidden_states
+        nobody = needs.nobody(person, self._hidden_states_of_zeros if needs.empty_image and empty is None else empty)
+        rows = [jax.tree.map(lambda x: jnp.asarray(x[None], self._adapter_dtype), each) for each in (person, nobody)]
+        tokens, unconditional = (conditioning.map_features(self._split_adapter, row)[0] for row in rows)
         return Identity(tokens, unconditional, face)
 
-    def _empty_hidden_states(self, features: FaceFeatures) -> Float[Array, "L C"]:
-        if features.empty_clip_hidden_states is not None:
-            return jnp.asarray(features.empty_clip_hidden_states)
-        return self._hidden_states_of_zeros
-
     @cached_property
-    def _hidden_states_of_zeros(self) -> Float[Array, "L C"]:
+    def _hidden_states_of_zeros(self) -> np.ndarray:
+        """What CLIP says of an image of zeros, which is nobody to some families. Raises InputError without a CLIP."""
+        if self._make_image_encoder is None:
+            raise InputError(
+                "This adapter takes CLIP's answer to an image of zeros for nobody: give FaceFeatures its "
+                "empty_clip_hidden_states too, or load a CLIP image encoder."
+            )
         size = self.image_encoder.config.image_size
-        return self._see(jnp.zeros((1, size, size, 3))).penultimate[0]
+        return np.asarray(self._see(jnp.zeros((1, size, size, 3))).penultimate[0], np.float32)
+
+    @property
+    def _adapter_dtype(self) -> Any:
+        """One for all identities, whatever they were made of: another would be another program."""
+        return self._require_adapter().ip_adapter[0].to_k_ip.kernel.dtype
 
     @cached_property
     def _split_adapter(self) -> conditioning.Split:
@@ -330,7 +338,7 @@ class InfiniteIDPipeline:
         nobody, tokens = (
             encoder.stack([getattr(person, name) for person in people]) for name in ("unconditional", "tokens")
         )
-        return jnp.stack([nobody, tokens][-halves:])
+        return jnp.stack([nobody, tokens][-halves:]).astype(self._adapter_dtype)
 
     def _latent_shape(
         self, height: int | None, width: int | None, latents: np.ndarray | Array | None
@@ -343,7 +351,8 @@ class InfiniteIDPipeline:
         size = {"height": default[0] if height is None else height, "width": default[1] if width is None else width}
         for name, pixels in size.items():
             if pixels < factor or pixels % factor:
-                raise InputError(f"The {name} {pixels} is not a multiple of {factor}: take {_nearest(pixels, factor)}.")
+                nearest = max(factor, round(pixels / factor) * factor)
+                raise InputError(f"The {name} {pixels} is not a multiple of {factor}: take {nearest}.")
         return size["height"] // factor, size["width"] // factor, unet.in_channels
 
     def _encode_prompts(self, prompts: list[str], negative: str | Sequence[str] | None, halves: int) -> TextCondition:
@@ -375,12 +384,6 @@ class InfiniteIDPipeline:
         return [PILImage.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
 
 
-def _loras(lora: str | PathLike[str] | Mapping[str, float] | None) -> dict[str, float]:
-    if lora is None:
-        return {}
-    return {fspath(file): scale for file, scale in lora.items()} if isinstance(lora, Mapping) else {fspath(lora): 1.0}
-
-
 def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
     if not listed:
@@ -388,5 +391,10 @@ def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:
     return listed
 
 
-def _nearest(pixels: int, factor: int) -> int:
-    return max(factor, round(pixels / factor) * factor)
+def checked_people(identities: Any) -> list[Identity]:
+    """One identity, several or none as a list. Raises InputError for anything else."""
+    people = list(identities or ()) if isinstance(identities, list | tuple | None) else [identities]
+    for person in people:
+        if not isinstance(person, Identity):
+            raise InputError(f"A {type(person).__name__} is no identity: make one of it with encode_identity.")
+    return people

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, finite
 
 if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
@@ -57,10 +57,12 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"{_flag(name)} {pixels} is more than {MAX_SIDE}: SDXL draws about 1024 pixels a side.")
         if pixels is not None and (pixels < 8 or pixels % 8):
             raise InputError(f"{_flag(name)} {pixels} is not a multiple of 8: take {max(8, round(pixels / 8) * 8)}.")
-    for name in ("guidance_scale", "guidance_rescale", "id_scale", "text_scale"):
-        value = getattr(args, name)
-        if not isinstance(value, dict) and not math.isfinite(value):
-            raise InputError(f"{_flag(name)} {value} is no finite number: give one, or leave it out.")
+    for name in ("guidance_scale", "guidance_rescale", "text_scale"):
+        finite(_flag(name), getattr(args, name))
+    if not isinstance(args.id_scale, dict):  # whose numbers are looked at where the model's blocks are known
+        finite("--id-scale", args.id_scale)
+    for file, scale in args.lora:
+        finite(f"The scale of --lora {file}", scale)
     if not 0 <= args.guidance_rescale <= 1:
         raise InputError(f"--guidance-rescale {args.guidance_rescale} is out of range: give 0 to 1.")
     if args.seed < 0 or args.seed + args.num_images > 2**32:
@@ -94,20 +96,20 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
     from infinite_id_jax.identity.scales import layer_scales
     from infinite_id_jax.pipeline import DTYPES
     from infinite_id_jax.sharding import make_mesh
-    from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
-    from infinite_id_jax.weights.adapter import read_adapter_config
-    from infinite_id_jax.weights.folder import read_settings, resolve
-    from infinite_id_jax.weights.load import abstract
+    from infinite_id_jax.weights.adapter import check_adapter
+    from infinite_id_jax.weights.folder import describe_base, resolve
+    from infinite_id_jax.weights.lora import checked_loras, read_lora
 
     if args.dtype not in ("auto", *DTYPES):
         raise InputError(f"--dtype {args.dtype} is unknown: choose auto, {', '.join(DTYPES)}.")
     make_mesh(args.mesh)
     model, adapter_path = resolve(args.model), Path(args.adapter)
-    base, adapter = read_settings(model, _model_config(args)), read_adapter_config(adapter_path)
-    if isinstance(args.id_scale, dict):
-        layer_scales(block_names(abstract(lambda rngs: UNet2DConditionModel(base.unet, rngs=rngs))), args.id_scale)
+    described = describe_base(model, _model_config(args))
+    base, adapter = described.settings, check_adapter(adapter_path, described.unet)
+    for file in checked_loras([file for file, _ in args.lora]):
+        read_lora(Path(file), described)
+    layer_scales(block_names(described.unet), args.id_scale)
     trajectory(args.scheduler, base.schedule, args.steps)
-    adapter.check_fits(base.unet.cross_attention_dim)
     adapter.check_recogniser("in use", len(faces[0].embedding))
     image_encoder = None
     if adapter.needs.clip_dim:
@@ -149,14 +151,12 @@ def _check_image_encoder(folder: Path, needs: "Needs") -> None:
 
 def _check_weights(args: argparse.Namespace, model: Path, image_encoder: Path | None) -> None:
     """Open each file, which reads its header alone: a missing or cut shard is known before the first is loaded."""
-    from infinite_id_jax.weights.adapter import find_adapter
     from infinite_id_jax.weights.load import find_weights, open_tensors
 
     # The header of a single file has been read with its settings.
     parts = [model / part for part in ("unet", "vae", "text_encoder", "text_encoder_2")] if model.is_dir() else []
     parts += [] if image_encoder is None else [image_encoder]
-    loras = [Path(file) for file, _ in args.lora]
-    for source in (*map(find_weights, parts), find_adapter(Path(args.adapter)), *loras):
+    for source in map(find_weights, parts):
         if source.suffix != ".msgpack":  # of which nothing can be read without reading all
             with contextlib.ExitStack() as stack:
                 open_tensors(source, stack)

@@ -1,5 +1,6 @@
 """Published adapters: recognised, imported and sampled as diffusers does, and as Infinite-ID's identity stream."""
 
+import dataclasses
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,13 @@ from infinite_id_jax.identity.inject import IdentityAdapter, block_names, eject,
 from infinite_id_jax.identity.scales import layer_scales
 from infinite_id_jax.stable_diffusion.config import UNetConfig
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
-from infinite_id_jax.weights.adapter import find_adapter, load_adapter, read_adapter_config, save_adapter
+from infinite_id_jax.weights.adapter import (
+    find_adapter,
+    load_adapter,
+    read_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 from infinite_id_jax.weights.export import torch_state
 from infinite_id_jax.weights.folder import load_unet, read_settings
 from infinite_id_jax.weights.keys import key_map
@@ -206,7 +213,9 @@ def test_scales_of_blocks_are_those_of_diffusers(tiny, compiled, noise, tmp_path
         ({"down": {"2": [1.0]}}, r"1 numbers for down_blocks\.2, which has 2 transformers"),
         ({"mid": {"block_0": 1.0}}, r"mid\.block_0"),
         ({"up": {"first": 1.0}}, r"up\.first"),
-        ({"up": "much"}, "'much': give a number"),
+        ({"up": "much"}, "id_scale of up_blocks is 'much': give a finite number"),
+        ({"mid": float("inf")}, "id_scale of mid_block is inf"),
+        (float("nan"), "id_scale is nan"),
     ],
 )
 def test_scales_that_cannot_be_used(scale, says):
@@ -231,19 +240,67 @@ def test_missing_features_are_named(case):
 
 def test_an_empty_image_may_be_given(case):
     """Where there is no image encoder at hand, its answer to an image of zeros is."""
+    bare = with_adapter(case.pipe.adapter)
     if not read_adapter_config(case.file).needs.empty_image:
-        return
-    bare = InfiniteIDPipeline.__new__(InfiniteIDPipeline)
-    bare.adapter, bare._make_image_encoder = case.pipe.adapter, None
-    with pytest.raises(InputError, match="no CLIP image encoder"):
         bare.encode_identity(case.features)
-    given = FaceFeatures(
-        case.features.clip_hidden_states,
-        case.features.face_embedding,
-        empty_clip_hidden_states=case.pipe._hidden_states_of_zeros,
-    )
+        return
+    with pytest.raises(InputError, match="give FaceFeatures its empty_clip_hidden_states too"):
+        bare.encode_identity(case.features)
     ours = case.pipe.encode_identity(case.features)
-    np.testing.assert_array_equal(bare.encode_identity(given).unconditional, ours.unconditional)
+    given = bare.encode_identity(complete(case))
+    np.testing.assert_array_equal(given.unconditional, ours.unconditional)
+    with pytest.raises(InputError, match=r"empty_clip_hidden_states has shape \[9, 32\] and .* takes \[257, 32\]"):
+        bare.encode_identity(dataclasses.replace(case.features, empty_clip_hidden_states=np.zeros((9, 32))))
+
+
+def with_adapter(adapter: IdentityAdapter | None) -> InfiniteIDPipeline:
+    """What turns features into identities, without a base and an image encoder."""
+    bare = InfiniteIDPipeline.__new__(InfiniteIDPipeline)
+    bare.adapter, bare._make_image_encoder = adapter, None
+    return bare
+
+
+def complete(case: Case) -> FaceFeatures:
+    return dataclasses.replace(case.features, empty_clip_hidden_states=case.pipe._hidden_states_of_zeros)
+
+
+def test_features_in_any_precision_give_half_precision_identities(case, tiny):
+    """All identities have the adapter's dtype: another would be another program."""
+    unet = load_unet(tiny.model, read_settings(tiny.model))
+    half = with_adapter(load_adapter(case.file, unet, dtype="bfloat16"))
+    exact = case.pipe.encode_identity(case.features)
+    for dtype in (np.float64, jnp.bfloat16):
+        features = jax.tree.map(lambda x, dtype=dtype: np.asarray(x).astype(dtype), complete(case))
+        person = half.encode_identity(features)
+        for ours, expected in ((person.tokens, exact.tokens), (person.unconditional, exact.unconditional)):
+            assert ours.dtype == jnp.bfloat16
+            assert error(ours.astype(jnp.float32), torch.tensor(np.asarray(expected))) <= 0.05  # measured: 0.012
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(case, value):
+    for name in read_adapter_config(case.file).needs.fields:
+        damaged = np.array(getattr(case.features, name))
+        damaged[..., 3] = value
+        with pytest.raises(InputError, match=f"{name} holds no numbers, or some that are not finite"):
+            case.pipe.encode_identity(dataclasses.replace(case.features, **{name: damaged}))
+
+
+def test_a_mesh_and_a_batch_of_people_change_nothing(case, tiny, noise):
+    """Rows of several people in prompt-major order, on one device and on eight, with a LoRA on some rows."""
+    if case.family != "faceid_plusv2":  # which has all that the others have
+        return
+    other = dataclasses.replace(complete(case), face_embedding=case.features.face_embedding[::-1])
+    pair = (complete(case), other)
+    options = {"latents": noise, "steps": 5, "style_merge": "adain_mean", "output": "latent"}
+    alone = [case.pipe(PROMPTS, case.pipe.encode_identity(x), **options).latents for x in pair]
+    spread = InfiniteIDPipeline.from_pretrained(tiny.model, case.file, mesh="data=2,fsdp=2,tensor=2")
+    for pipe in (case.pipe, spread):
+        both = pipe(PROMPTS, [pipe.encode_identity(x) for x in pair], **options)
+        expected = np.stack(alone, axis=1).reshape(both.latents.shape)
+        # Measured: 2e-6 of the largest latent.
+        assert error(both.latents, torch.tensor(expected)) <= 2e-5
+    assert np.abs(alone[0] - alone[1]).max() > 1e-2
 
 
 # Files
@@ -368,7 +425,22 @@ REFUSED = {
     "a LoRA": ({"lora_unet_down_blocks_1_attn2_to_k.lora_down.weight": (4, 64)}, "looks like a LoRA"),
     "a U-Net": ({"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "looks like a U-Net"),
     "a checkpoint": ({"model.diffusion_model.out.2.weight": (4, 4, 3, 3)}, "looks like a single-file checkpoint"),
-    "no identity maps": ({"image_proj.latents": (1, 4, 48)}, "looks like an IP-Adapter"),
+    "PhotoMaker": (
+        {"id_encoder.visual_projection.weight": (2048, 1024), "lora_weights.x.to_q_lora.down.weight": (64, 640)},
+        "looks like PhotoMaker",
+    ),
+    "Kolors": (
+        altered(image_proj__proj_in__weight=(2048, 1024), image_proj__latents=(1, 16, 2048)),
+        "looks like Kolors' adapter",
+    ),
+    "no identity maps": (
+        {"image_proj.latents": (1, 4, 48)},
+        r"half an IP-Adapter: it holds nothing below ip_adapter\.",
+    ),
+    "no projection": (
+        {"ip_adapter.1.to_k_ip.weight": (640, 2048)},
+        r"half an SDXL adapter: it holds nothing below image_proj\.",
+    ),
     "no widths": (altered(image_proj__proj_in__weight=None), r"misses image_proj\.proj_in\.weight"),
 }
 
@@ -378,6 +450,47 @@ def test_files_of_another_kind_are_refused_with_what_they_look_like(name, tmp_pa
     shapes, says = REFUSED[name]
     with pytest.raises(InputError, match=says):
         read_adapter_config(write_header(tmp_path / "file.safetensors", shapes))
+
+
+def test_embeddings_of_any_length_are_not_what_we_give(tmp_path):
+    shapes = published.shapes("faceid", reference_torch.tiny_sdxl_unet(), TINY)
+    with pytest.raises(InputError, match="here they have length 1: use ip-adapter-faceid-portrait_sdxl"):
+        read_adapter_config(write_header(tmp_path / "ip-adapter-faceid-portrait_sdxl_unnorm.safetensors", shapes))
+
+
+def test_a_folder_that_contradicts_its_weights_is_refused(case, tmp_path):
+    case.pipe.save_adapter(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    changes = [({"family": "instant_id"}, "says 'instant_id' and the weights are")]
+    if case.family.startswith("faceid_plus"):
+        changes += [({"shortcut_scale": value}, "shortcut_scale") for value in ("1.0", True, float("nan"), [1.0])]
+    for change, says in changes:
+        file.write_text(json.dumps(saved | change))
+        with pytest.raises(InputError, match=says):
+            read_adapter_config(tmp_path)
+
+
+def test_reading_without_a_base_holds_the_keys_against_sdxl(torch_sdxl, tmp_path):
+    """What export reads; here headers of which the numbers are never reached."""
+    shapes = published.shapes("ip_adapter", torch_sdxl, published.Sizes())
+    last = {key: shape for key, shape in shapes.items() if not key.startswith("ip_adapter.139.to_k")}
+    narrow = shapes | {"ip_adapter.1.to_v_ip.weight": (320, 2048), "ip_adapter.141.to_k_ip.weight": (1280, 2048)}
+    old = {key: tuple(768 if n == 2048 else n for n in shape) for key, shape in shapes.items()}
+    old["image_proj.proj.weight"], old["image_proj.proj.bias"] = (4 * 768, 1024), (4 * 768,)
+    for number, (changed, says) in enumerate(
+        (
+            (last, r"1 missing: ip_adapter\.139\.to_k_ip\.weight"),
+            (narrow, r"1 surplus: ip_adapter\.141\.to_k_ip.*1 of another shape: ip_adapter\.1\.to_v_ip.*320x2048"),
+            (old, "it looks like one for SD 1.5"),
+        )
+    ):
+        with pytest.raises(InputError, match=says):
+            read_adapter(write_header(tmp_path / f"{number}.safetensors", changed))
+    tiny_shapes = published.shapes("ip_adapter", reference_torch.tiny_sdxl_unet(), TINY)
+    tiny_shapes["image_proj.norm.weight"] = (63,)
+    with pytest.raises(InputError, match=r"image_proj\.norm\.weight \(63 instead of 64\)"):
+        read_adapter(write_header(tmp_path / "tiny.safetensors", tiny_shapes))
 
 
 def test_an_adapter_for_another_base_is_refused_with_its_cause(tiny, tmp_path):
@@ -420,14 +533,15 @@ def test_one_flipped_bit_is_found(tiny, pipe, tmp_path):
     file = tmp_path / "adapter.safetensors"
     whole = file.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
+    unet = load_unet(tiny.model, read_settings(tiny.model))
     for place in (start, (start + len(whole)) // 2, len(whole) - 1):
         damaged = bytearray(whole)
         damaged[place] ^= 1
         file.write_bytes(damaged)
         with pytest.raises(InputError, match=r"adapter\.safetensors is damaged \(its checksum"):
-            InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path)
+            load_adapter(tmp_path, unet)
     file.write_bytes(whole)
-    InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path)
+    load_adapter(tmp_path, unet)
 
 
 def test_a_bit_flipped_in_the_header_is_found(tiny, pipe, tmp_path):

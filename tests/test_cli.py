@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sample
 from infinite_id_jax.faces.backends import get_backend
@@ -146,8 +146,8 @@ def test_bad_usage_exits_with_2(capsys, place, tmp_path, options, says):
         (["--seed", "-1"], "--seed -1 is out of range"),
         (["--seed", str(2**32)], "out of range: seeds lie between 0 and 4294967295"),
         (["--seed", str(2**32 - 1), "--num-images", "2"], "4294967296 is out of range"),
-        (["--guidance-scale", "nan"], "--guidance-scale nan is no finite number"),
-        (["--id-scale", "inf"], "--id-scale inf is no finite number"),
+        (["--guidance-scale", "nan"], "--guidance-scale is nan: give a finite number"),
+        (["--id-scale", "inf"], "--id-scale is inf: give a finite number"),
         (["--guidance-rescale", "1.5"], "--guidance-rescale 1.5 is out of range"),
         (["--id-weights", "0.4"], "--id-weights sum to 0.4: make them sum to 1"),
         (["--id-weights", "nan"], "--id-weights sum to nan"),
@@ -166,7 +166,7 @@ def test_a_senseless_value_is_named_with_its_option(capsys, place, tmp_path, opt
     [
         (["--scheduler", "unipc"], "Unknown scheduler 'unipc': choose one of ddim, euler, dpm++"),
         (["--steps", "5000"], "5000 steps were asked for: choose 1 to 1000"),
-        (["--step-range", "5:2"], "step_range 5:2 is no range"),
+        (["--step-range", "5:2"], "step_range (5, 2) is no range"),
         (["--attention", "on"], "Unknown attention 'on': choose from mixed, mutual, off"),
         (["--mesh", "lots"], "The mesh 'lots' is not of the form data=1"),
         (["--mesh", "data=99"], "needs 99 devices"),
@@ -540,7 +540,26 @@ def test_files_from_elsewhere_draw(capsys, place, elsewhere, tmp_path):
         (("--streams", "one", "--attention", "mutual"), "attention concerns the text stream"),
         (("--lora", "nowhere.safetensors"), "nowhere.safetensors is missing"),
         (("--model-config", "."), "is a folder with configurations of its own"),
+        (("--lora", "a.safetensors", "--lora", "./a.safetensors=0.5"), "a.safetensors is named twice"),
+        (("--lora", "a.safetensors=inf"), "The scale of --lora a.safetensors is inf"),
     ],
 )
 def test_what_does_not_go_together_is_refused_early(capsys, place, tmp_path, options, says):
     assert says in refused(capsys, arguments(place, tmp_path / "out", *options, "--dry-run"))
+
+
+def test_a_dry_run_holds_every_key_against_the_model(capsys, place, elsewhere, tmp_path):
+    """An adapter that lacks a layer, and a LoRA of another base, before minutes of loading."""
+    folder = shutil.copytree(place / "adapter", tmp_path / "adapter")
+    state = load_file(folder / "adapter.safetensors")
+    del state["ip_adapter.33.to_k_ip.weight"]
+    save_file(state, folder / "adapter.safetensors")
+    argv = arguments(place, tmp_path / "out", "--adapter", str(folder), "--dry-run")
+    assert "1 missing: ip_adapter.33.to_k_ip.weight" in refused(capsys, argv)
+
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora"
+    old = {f"{stem}_A.weight": torch.ones(1, 768), f"{stem}_B.weight": torch.ones(64, 1)}
+    save_file(old, tmp_path / "old.safetensors")
+    argv = arguments(place, tmp_path / "out", "--lora", str(tmp_path / "old.safetensors"), "--dry-run")
+    assert "is a LoRA for SD 1.5" in refused(capsys, argv)
+    assert not (tmp_path / "out").exists()

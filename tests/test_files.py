@@ -97,6 +97,15 @@ def test_the_fingerprint_is_of_content_not_of_place(tmp_path):
     assert fingerprint(first) == fingerprint(second)
 
 
+def test_a_file_named_itself_counts_whatever_it_is_called(tmp_path):
+    seen = set()
+    for content in (b"one", b"two"):
+        for name in ("adapter.pt", "adapter.ckpt", "adapter"):
+            (tmp_path / name).write_bytes(content)
+            seen.add(fingerprint(tmp_path / name))
+    assert len(seen) == 6
+
+
 @pytest.mark.parametrize(("size", "changed"), [(1000, 0), (1000, 999), (3 * 2**20, 2**20 + 7), (40 * 2**20, 5 << 19)])
 def test_one_byte_changes_the_fingerprint(tmp_path, size, changed):
     folder = model_folder(tmp_path / "model", size)

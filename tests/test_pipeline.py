@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
 from infinite_id_jax.errors import InputError
+from infinite_id_jax.pipeline import checked_people
 from tests.conftest import write_adapter
 
 FAST = {"steps": 2, "height": 64, "width": 64, "output": "latent"}
@@ -137,6 +140,35 @@ def test_half_precision_draws_nearly_the_same(pipe, people, tiny):
     assert np.abs(ours - full).max() <= 0.08 * np.abs(full).max()
 
 
+def test_loras_merged_or_beside_the_weights(tiny, tmp_path):
+    """Both draw the same; beside them, another strength compiles nothing; two files are one after the other."""
+    files = []
+    for number, layer in enumerate(("attn1.to_q", "attn2.to_v")):
+        generator = torch.Generator().manual_seed(number)
+        stem = f"unet.mid_block.attentions.0.transformer_blocks.0.{layer}.lora"
+        shapes = {"A": (2, 64), "B": (64, 2)}
+        state = {f"{stem}_{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        files.append(tmp_path / f"{number}.safetensors")
+        save_file(state, files[-1])
+
+    def draw(pipe):
+        return pipe("a man", seed=3, **FAST).latents
+
+    merged = draw(InfiniteIDPipeline.from_pretrained(tiny.model, lora=dict(zip(files, (0.5, 1.0), strict=True))))
+    beside = InfiniteIDPipeline.from_pretrained(tiny.model, lora=files, merge_lora=False)
+    full, before = draw(beside), compilations(beside)
+    beside.set_lora_scale(files[0], 0.5)
+    np.testing.assert_allclose(draw(beside), merged, atol=1e-4)  # measured: 1e-5, latents up to 5
+    assert np.abs(full - merged).max() > 1e-2
+    assert compilations(beside) == before
+    with pytest.raises(InputError, match="The LoRA's scale is nan"):
+        beside.set_lora_scale(files[0], np.nan)
+    with pytest.raises(InputError, match=r"1\.safetensors is named twice"):
+        InfiniteIDPipeline.from_pretrained(tiny.model, lora=[files[1], tmp_path / "." / "1.safetensors"])
+    with pytest.raises(InputError, match=r"The scale of .*0\.safetensors is inf"):
+        InfiniteIDPipeline.from_pretrained(tiny.model, lora={files[0]: np.inf})
+
+
 def test_several_face_tokens(tiny, tmp_path):
     folder = write_adapter(tmp_path / "four", clip_dim=32, face_dim=16, face_tokens=4)
     person = InfiniteIDPipeline.from_pretrained(tiny.model, folder).encode_identity(FaceFeatures(**tiny.features(1)))
@@ -175,11 +207,22 @@ def test_a_photograph_becomes_an_identity(tiny, tmp_path):
         ({"seed": [1, 2, 3]}, "3 seeds for 1 prompts"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"\[1, 4, 8, 8\]"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"text_scale": np.nan}, "text_scale is nan"),
+        ({"guidance_scale": np.inf}, "guidance_scale is inf"),
+        ({"step_range": (3, 1)}, r"step_range \(3, 1\) is no range"),
+        ({"layer_range": (-1, None)}, r"layer_range \(-1, None\) is no range"),
     ],
 )
 def test_calls_that_cannot_be_used(pipe, people, call, says):
     with pytest.raises(InputError, match=says):
         pipe("a man", people, **{**FAST, **call})
+
+
+def test_what_is_no_identity_is_told_how_to_become_one(pipe, tiny):
+    """As without these tests' checks of types, which would come before."""
+    for wrong, kind in ((FaceFeatures(**tiny.features(0)), "FaceFeatures"), ("anna.jpg", "str"), ([None], "NoneType")):
+        with pytest.raises(InputError, match=f"A {kind} is no identity: make one of it with encode_identity"):
+            checked_people(wrong)
 
 
 def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):
@@ -190,7 +233,9 @@ def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):
         InputError, match=r"clip_hidden_states has shape \[257, 31\] and this adapter takes \[tokens, 32\]"
     ):
         pipe.encode_identity(FaceFeatures(features["clip_hidden_states"][:, :31], features["face_embedding"]))
-    with pytest.raises(InputError, match=r"face_embedding has shape \[1, 16\]"):
+    with pytest.raises(
+        InputError, match=r"face_embedding has shape \[1, 16\] .* give each face of the batch by itself"
+    ):
         pipe.encode_identity(FaceFeatures(features["clip_hidden_states"], features["face_embedding"][None]))
     with pytest.raises(InputError, match=r"adapter folder .* does not exist"):
         InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path / "none")

@@ -389,6 +389,15 @@ def test_pickles_are_refused(text, tmp_path, name):
     refused(text, tmp_path, name, "pickle", "convert it to safetensors")
 
 
+def test_names_in_files_cannot_write_to_a_terminal(tmp_path):
+    escape = "\x1b[2J" + "x" * 1000
+    save_file({escape: torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"surplus: \\x1b\[2Jx+\.\.\.") as refused:
+        load_module(lambda rngs: nnx.Linear(2, 2, rngs=rngs), tmp_path / "a.safetensors")
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 800
+
+
 def test_all_wrong_keys_in_one_error(text, tmp_path):
     weights = dict(text.weights)
     del weights["final_layer_norm.bias"], weights["encoder.layers.0.mlp.fc1.bias"]

@@ -1,11 +1,13 @@
 """What may vary: the variants of the method while sampling, and the shape of an adapter."""
 
 import dataclasses
+import operator
 from typing import Any
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.adain import STYLE_MERGES
 from infinite_id_jax.identity.features import CLIP_LAYERS, Needs
+from infinite_id_jax.stable_diffusion.config import BASES
 from infinite_id_jax.typing import Array, Bool, Int
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -49,9 +51,7 @@ class Switches:
             if getattr(self, name) not in allowed:
                 raise InputError(f"Unknown {name} {getattr(self, name)!r}: choose from {', '.join(allowed)}.")
         for name in ("step_range", "layer_range"):
-            first, end = getattr(self, name)
-            if first < 0 or (end is not None and end < first):
-                raise InputError(f"{name} {first}:{end} is no range: give 0 <= first <= end.")
+            object.__setattr__(self, name, _range(name, getattr(self, name)))  # a list could not be compiled in
         if self.streams == "one":
             self._check_one_stream()
 
@@ -73,6 +73,17 @@ class Switches:
         """Whether `attention` applies in this self-attention layer."""
         first, end = self.layer_range
         return first <= layer and (end is None or layer < end)
+
+
+def _range(name: str, value: Any) -> tuple[int, int | None]:
+    try:
+        first, end = value
+        first, end = operator.index(first), None if end is None else operator.index(end)
+    except (TypeError, ValueError):
+        first, end = -1, None
+    if first < 0 or (end is not None and end < first):
+        raise InputError(f"{name} {value} is no range: give (first, end) with 0 <= first <= end.")
+    return first, end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +108,11 @@ class EncoderConfig:
     def check_fits(self, cross_attention_dim: int) -> None:
         """Raise InputError unless a model of this cross-attention width takes the adapter."""
         if self.cross_attention_dim != cross_attention_dim:
-            known = {2048: "SDXL", 1024: "SD 2", 768: "SD 1.5"}.get(self.cross_attention_dim)
+            known = BASES.get(self.cross_attention_dim)
             raise InputError(
                 f"The adapter has cross-attention width {self.cross_attention_dim}, the model {cross_attention_dim}: "
-                f"{f'it looks like one for {known}; ' if known else ''}use an adapter trained for this model (2048 is "
-                "SDXL, 1024 SD 2, 768 SD 1.5)."
+                f"{f'it looks like one for {known}; ' if known else ''}use an adapter trained for this model "
+                f"({', '.join(f'{width} is {base}' for width, base in BASES.items())})."
             )
 
     def check_recogniser(self, name: str, embedding_dim: int) -> None:
@@ -109,7 +120,7 @@ class EncoderConfig:
         if self.needs.face_dim not in (0, embedding_dim):
             raise InputError(
                 f"The adapter was trained on face embeddings of {self.needs.face_dim} numbers and the face backend "
-                f"{name} gives {embedding_dim}: choose the backend it was trained with."
+                f"{name} gives {embedding_dim}: choose the backend it was trained with (insightface gives 512, mtcnn_dlib 128)."
             )
 
 

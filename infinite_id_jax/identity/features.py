@@ -1,6 +1,7 @@
 """What the frozen encoders say of a face, and which part of it an adapter takes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,21 +53,48 @@ class Needs:
         return fields
 
     def select(self, features: FaceFeatures) -> FaceFeatures:
-        """The needed fields of one face as arrays. Raises InputError that names what is missing or of another shape."""
+        """The needed fields of one face as fp32 arrays.
+
+        Raises InputError that names what is missing, of another shape or not finite.
+        """
         fields = self.fields
         missing = [name for name in fields if getattr(features, name) is None]
         if missing:
             shapes = ", ".join(f"{name} [{', '.join(map(str, fields[name]))}]" for name in missing)
             raise InputError(f"This adapter also takes {shapes}: give it in FaceFeatures.")
-        arrays = {name: jnp.asarray(getattr(features, name)) for name in fields}
-        for name, array in arrays.items():
-            form = fields[name]
-            if array.ndim != len(form) or array.shape[-1] != form[-1]:
-                raise InputError(
-                    f"{name} has shape {list(array.shape)} and this adapter takes [{', '.join(map(str, form))}]: "
-                    "compute it with the encoders the adapter was trained with."
-                )
-        return FaceFeatures(**arrays)
+        return FaceFeatures(**{name: _checked(name, getattr(features, name), form) for name, form in fields.items()})
+
+    def nobody(self, person: FaceFeatures, empty: Any) -> FaceFeatures:
+        """What stands for no person beside `select`'s: zeros, or CLIP's answer to an image of zeros (METHOD row 11).
+
+        empty: that answer, [tokens, clip_dim], read where `empty_image` says so. Raises InputError as `select`.
+        """
+        zeros = jax.tree.map(np.zeros_like, person)
+        if not self.empty_image or person.clip_hidden_states is None:
+            return zeros
+        shape = person.clip_hidden_states.shape
+        return dataclasses.replace(zeros, clip_hidden_states=_checked("empty_clip_hidden_states", empty, shape))
+
+
+def _checked(name: str, values: Any, form: tuple[str | int, ...]) -> np.ndarray:
+    """One feature of one face in fp32. Raises InputError for another shape than `form` and for what is not finite."""
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} holds no numbers ({error}): give an array.") from None
+    takes = f"this adapter takes [{', '.join(map(str, form))}]"
+    if array.ndim == len(form) + 1 and array.shape[-1] == form[-1]:
+        raise InputError(
+            f"{name} has shape {list(array.shape)} and {takes} of one face: give each face of the batch by itself."
+        )
+    if array.ndim != len(form) or any(n not in ("tokens", size) for n, size in zip(form, array.shape, strict=True)):
+        raise InputError(
+            f"{name} has shape {list(array.shape)} and {takes}: compute it with the encoders the adapter was trained "
+            "with."
+        )
+    if not array.size or not np.isfinite(array).all():
+        raise InputError(f"{name} holds no numbers, or some that are not finite: compute it again from the photo.")
+    return array
 
 
 def unit(embedding: Array) -> Array:

@@ -32,6 +32,11 @@ _ENCODERS: dict[type[EncoderConfig], Any] = {
 }
 
 
+def make_encoder(config: EncoderConfig, rngs: nnx.Rngs) -> Any:
+    """The module that gives c_id for an adapter of this kind."""
+    return _ENCODERS[type(config)](config, rngs=rngs)
+
+
 class AdapterParam(nnx.Param):
     """An array that training changes and an adapter file holds: `nnx.split(model, AdapterParam, ...)` finds them."""
 
@@ -45,7 +50,7 @@ class IdentityAdapter(nnx.Module):
     def __init__(self, config: EncoderConfig, unet: UNet2DConditionModel, *, rngs: nnx.Rngs):
         config.check_fits(unet.config.cross_attention_dim)
         self.config = config
-        self.identity_encoder = _ENCODERS[type(config)](config, rngs=rngs)
+        self.identity_encoder = make_encoder(config, rngs)
         attentions = _attentions(unet)
         self.ip_adapter = nnx.List(
             IdentityProjection(config.cross_attention_dim, cross.to_out.in_features, rngs=rngs)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, finite
 from infinite_id_jax.typing import Float
 
 _LEVELS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -16,19 +16,16 @@ def layer_scales(names: Sequence[str], scale: float | Mapping[str, Any]) -> Floa
 
     {"down": {"block_2": [0.0, 1.0]}, "mid": 1.0, "up": {"block_0": [0.0, 1.0, 0.0]}} gives one number for each
     transformer of a block, or one for the block or the level; what is not named gets 0 (`set_ip_adapter_scale`).
-    Raises InputError for a block that the model does not have, or another count of numbers.
+    Raises InputError for a block that the model does not have, another count of numbers, or what is no finite number.
     """
     if not isinstance(scale, Mapping):
-        return np.full(len(names), scale, np.float32)
+        return np.full(len(names), finite("id_scale", scale), np.float32)
     scales = np.zeros(len(names), np.float32)
     for prefix, value in _flat(names, scale):
         covered = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{prefix}.")]
         if not covered:
             raise InputError(f"id_scale names {prefix}, which has no cross-attention: the model has {_blocks(names)}.")
-        try:
-            scales[covered] = float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"id_scale of {prefix} is {value!r}: give a number.") from None
+        scales[covered] = finite(f"id_scale of {prefix}", value)
     return scales
 
 

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 from infinite_id_jax.errors import InputError
 
+BASES = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}
+"""The Stable Diffusions, by the width of their cross-attention."""
+
 C = TypeVar("C", bound="_Config")
 
 

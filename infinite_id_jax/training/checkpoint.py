@@ -36,9 +36,6 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
-_OF_THE_ADAPTER = ("adapter", "ema", "step")
-
-
 def _is_checkpoint(path: Path) -> bool:
     return (path / "state").is_dir() and (path / "run").is_dir()
 
@@ -51,14 +48,15 @@ def read_trained(checkpoint: Path) -> Trained:
         handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         state = checkpoint.absolute() / "state"
         known: Any = handler.metadata(state).item_metadata
-        wanted = {name: jax.tree.map(lambda _: 0, known.tree[name]) for name in _OF_THE_ADAPTER if name in known.tree}
+        arrays = "ema" if known.tree.get("ema") else "adapter"
+        wanted = {name: jax.tree.map(lambda _: 0, known.tree[name]) for name in (arrays, "step")}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
         found = handler.restore(state, args=arguments)
     except Exception as error:  # Orbax and its stores raise many kinds
         raise InputError(_damaged(checkpoint, error)) from None
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return Trained(dict(found.get("ema") or found["adapter"]), int(found["step"]), run, folder)
+    return Trained(dict(found[arrays]), int(found["step"]), run, folder)
 
 
 def _quieten() -> None:

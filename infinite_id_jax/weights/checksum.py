@@ -8,7 +8,7 @@ import numpy as np
 
 from infinite_id_jax.errors import InputError
 
-FIELD = "sha256"  # of the file's metadata
+FIELD = "infinite_id.sha256"  # of the file's metadata
 
 # safetensors' names of the types that weights have.
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}

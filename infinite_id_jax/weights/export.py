@@ -1,5 +1,7 @@
 """Our arrays into safetensors files in PyTorch's layout."""
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,3 +39,23 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
             save_file(whole, beside, metadata={"format": "pt", FIELD: digest})
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from None
+        _settle(beside)
+
+
+def _settle(path: Path) -> None:
+    """Equal tensors give equal files that others may read: safetensors shuffles the metadata and writes mode 0600."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """What the process denies to new files: there is no way to read it but to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -99,6 +99,19 @@ def _configured(config: Path) -> Settings:
     return settings
 
 
+def describe_base(model: Path, config: Path | None = None) -> StableDiffusionXL:
+    """As `load_base`, with shapes in place of arrays: reads settings and tokenizers alone."""
+    settings = read_settings(model, config)
+    first, second = (abstract(lambda rngs, c=config: CLIPTextModel(c, rngs=rngs)) for config in settings.text)
+    return StableDiffusionXL(
+        settings,
+        unet=abstract(lambda rngs: UNet2DConditionModel(settings.unet, rngs=rngs)),
+        vae=abstract(lambda rngs: AutoencoderKL(settings.vae, rngs=rngs)),
+        text_encoders=(first, second),
+        tokenizers=load_tokenizers(model, config),
+    )
+
+
 def load_base(
     model: Path, *, config: Path | None = None, dtype: str = "float32", sharding: ShardingRule | None = None
 ) -> StableDiffusionXL:

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 HEAD_DIM = 64  # of every resampler that was published
 INSTANT_ID_DIM = 512  # InstantID's resampler reads a face embedding where Plus reads CLIP
+KOLORS = (1024, 2048)  # Kolors' reads a ViT-L/14 and is as wide as its U-Net, whose cross-attentions have SDXL's width
+_PARTS = ("image_proj.", "ip_adapter.")
 
 
 class _Shapes:
@@ -57,8 +59,11 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> PublishedConfig:
     shapes = _Shapes(tensors, path)
     family = next((make for sign, make in _FAMILIES if sign in shapes), None)
     keys = [key for key in tensors if key.endswith(".to_k_ip.weight")]
-    if family is None or not keys:
+    if family is None or not keys or len(tensors[keys[0]].shape) < 2:
         kind = looks_like({key: tensor.shape for key, tensor in tensors.items()})
+        absent = [part for part in _PARTS if not any(key.startswith(part) for key in tensors)]
+        if len(absent) == 1:
+            raise InputError(f"{path} is half {kind}: it holds nothing below {absent[0]}; fetch it again whole.")
         raise InputError(
             f"{path} is no identity adapter of a known family{f': it looks like {kind}' if kind else ''}; give an "
             "IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus file for SDXL, or an adapter folder."
@@ -84,6 +89,8 @@ def _plus(shapes: _Shapes, width: int) -> PublishedConfig:
             "use FaceID or FaceID-Plus."
         )
     queries, dim = shapes.size("latents", 1), shapes.size("latents", 2)
+    if (clip_dim, dim) == KOLORS:
+        raise InputError(f"{shapes.path} looks like Kolors' adapter, whose base is not built: use one for SDXL.")
     return IPAdapterPlusConfig(
         width, _lora_rank(shapes), clip_dim=clip_dim, queries=queries, dim=dim, **shapes.perceiver()
     )
@@ -94,6 +101,11 @@ def _full(shapes: _Shapes, width: int) -> PublishedConfig:
 
 
 def _face_id(shapes: _Shapes, width: int) -> PublishedConfig:
+    if "unnorm" in shapes.path.name.lower():
+        raise InputError(
+            f"{shapes.path} was trained on face embeddings as they come, and here they have length 1: use "
+            "ip-adapter-faceid-portrait_sdxl.bin, which was trained so."
+        )
     return FaceIDConfig(
         width,
         _lora_rank(shapes),

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, shown
 from infinite_id_jax.weights import checksum
 from infinite_id_jax.weights.causes import looks_like
 from infinite_id_jax.weights.keys import Entry, current_key, flax_key, key_map
@@ -140,7 +140,7 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tens
     """Raise one InputError that lists every missing, surplus and mis-shaped key."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
-        "surplus": sorted(found.keys() - expected.keys()),
+        "surplus": [shown(key, 200) for key in sorted(found.keys() - expected.keys())],
         "of another shape": [
             f"{key} ({_times(found[key].shape)} instead of {_times(shape)})"
             for key, shape in sorted(expected.items())

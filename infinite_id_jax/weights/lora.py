@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
-from infinite_id_jax.errors import InputError
-from infinite_id_jax.stable_diffusion.config import read_json
+from infinite_id_jax.errors import InputError, finite, shown
+from infinite_id_jax.stable_diffusion.config import BASES, read_json
 from infinite_id_jax.stable_diffusion.low_rank import LowRank, innermost, lora_names
 from infinite_id_jax.typing import Array, Scalar
 from infinite_id_jax.weights.causes import looks_like
@@ -80,7 +81,29 @@ _OTHER_BASES = (
     (r"^(lora_)?transformer[._]", "a diffusion transformer (SD 3, Flux)"),
 )
 
-_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL's refiner", 2048: "SDXL"}
+_WIDTHS = BASES | {1280: "SDXL's refiner"}
+
+
+Files = str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, float] | Mapping[Path, float]
+"""One file, several, or files with their scales."""
+
+
+def checked_loras(lora: Files | None) -> dict[str, float]:
+    """{file: scale}, 1 where none is given.
+
+    Raises InputError for a scale that is no finite number, and for a file that is named twice.
+    """
+    if isinstance(lora, Mapping):
+        scales = [(fspath(file), finite(f"The scale of {file}", scale)) for file, scale in lora.items()]
+    else:
+        files = [lora] if isinstance(lora, str | PathLike) else lora or []
+        scales = [(fspath(file), 1.0) for file in files]
+    seen: set[Path] = set()
+    for file, _ in scales:
+        if (whole := Path(file).resolve()) in seen:
+            raise InputError(f"The LoRA {file} is named twice: name it once, with the sum of the scales.")
+        seen.add(whole)
+    return dict(scales)
 
 
 def read_lora(path: Path, base: StableDiffusionXL) -> LoRA:
@@ -233,7 +256,7 @@ def _assigned(
         name = aliases.get(place)
         roles = found.setdefault((place[0], name), {}) if name and role else None
         if roles is None or role in roles:
-            unknown.append(key)
+            unknown.append(shown(key, 200))
         else:
             roles[role] = tensor
     return found, sorted(unknown)
@@ -279,18 +302,22 @@ def _whole(tensor: Tensor) -> np.ndarray:
 
 
 def _ratio(roles: Mapping[str, Tensor], settings: Mapping[str, Any], part: str, name: str, rank: int) -> float:
-    """alpha / rank, by the file's alphas or PEFT's settings; 1 where neither is there."""
+    """alpha / rank, by the file's alphas or PEFT's settings; 1 where neither is there. Raises ValueError for damage."""
     if "alpha" in roles:
-        return float(_whole(roles["alpha"]).reshape(())) / rank
+        return _number(_whole(roles["alpha"]).reshape(()).item()) / rank
     of_part = {key.removeprefix(f"{part}."): value for key, value in settings.items()}
     patterns: Mapping[str, Any] = of_part.get("alpha_pattern") or {}
     full = f".text_model.{name}"
     alpha = next((value for key, value in patterns.items() if full.endswith(f".{key}")), of_part.get("lora_alpha"))
     if alpha is None:
         return 1.0
-    if not isinstance(alpha, int | float):
+    return _number(alpha) / (math.sqrt(rank) if of_part.get("use_rslora") else rank)
+
+
+def _number(alpha: Any) -> float:
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"its alpha is {alpha!r}")
-    return alpha / (math.sqrt(rank) if of_part.get("use_rslora") else rank)
+    return float(alpha)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, shown
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -86,11 +86,11 @@ def open_pickle(path: Path) -> dict[str, PickledTensor]:
     except InputError:
         raise
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is not a whole PyTorch file ({error}): fetch it again.") from None
+        raise InputError(f"{path} is not a whole PyTorch file ({shown(error)}): fetch it again.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}): check the file.") from None
     except Exception as error:  # damaged bytes surface wherever the reading happens to stumble
-        raise InputError(f"{path} holds no plain state dict ({error}): get the safetensors version.") from None
+        raise InputError(f"{path} holds no plain state dict ({shown(error)}): get the safetensors version.") from None
 
 
 class _Archive:
@@ -142,7 +142,7 @@ class _Archive:
         if entry in self._whole or expected == 0:
             return
         if zlib.crc32(self._content(entry)) != expected:
-            raise InputError(f"{self.path} is damaged: {entry} does not have its checksum: fetch it again.")
+            raise InputError(f"{self.path} is damaged: {shown(entry)} does not have its checksum: fetch it again.")
         self._whole.add(entry)
 
     def _content(self, entry: str) -> memoryview:
@@ -240,10 +240,9 @@ class _Reader:
         else:
             name = argument.replace(" ", ".")
         if name not in _NAMES:
-            shown = ascii(name[:100])[1:-1]  # it goes to terminals, and an attacker chose it
             raise InputError(
-                f"{self._path} asks for {shown}, which no plain state dict needs: a pickle can run code, so it was not "
-                "loaded; get the safetensors version."
+                f"{self._path} asks for {shown(name)}, which no plain state dict needs: a pickle can run code, "
+                "so it was not loaded; get the safetensors version."
             )
         return _Name(name)
 

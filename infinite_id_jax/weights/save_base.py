@@ -1,19 +1,26 @@
 """A whole SDXL out again: a folder for diffusers, or one file in the original layout for ComfyUI and the like."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import save_json, write_folder
-from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
+from infinite_id_jax.stable_diffusion.low_rank import lora_names
 from infinite_id_jax.stable_diffusion.tokenizer import BOS, EOS, CLIPTokenizer
 from infinite_id_jax.weights.compvis import stored
 from infinite_id_jax.weights.export import save_tensors, save_weights, torch_state
 from infinite_id_jax.weights.folder import StableDiffusionXL
+from infinite_id_jax.weights.keys import key_map
+from infinite_id_jax.weights.settings import Settings
 from infinite_id_jax.weights.single_file import places
+
+Parts = Iterable[tuple[str, nnx.Module]]
+"""(name of diffusers' folder, module) of the U-Net, the VAE and the two text encoders."""
 
 # What stands in model_index.json: the library and the class that reads each part.
 _CLASSES = {
@@ -30,48 +37,73 @@ _CLASSES = {
 def save_base(base: StableDiffusionXL, folder: Path) -> None:
     """Write a folder that `StableDiffusionXLPipeline.from_pretrained` reads, in the arrays' own dtypes.
 
-    The folder is whole or not there. Raises InputError if it exists already, for a U-Net with an adapter in it, and for
-    what the disk refuses.
+    The folder is whole or not there. Raises InputError if it exists already, for a base with an adapter or a LoRA in
+    it, and for what the disk refuses.
     """
     if folder.exists():
         raise InputError(f"{folder} exists already: name a folder that does not.")
-
-    def write(beside: Path) -> None:
-        save_tensors(_plain_state(base), beside / "unet" / "diffusion_pytorch_model.safetensors")
-        save_weights(base.vae, beside / "vae" / "diffusion_pytorch_model.safetensors")
-        for part, encoder in zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=True):
-            save_tensors(_transformers_state(encoder), beside / part / "model.safetensors")
-        for part, tokenizer in zip(("tokenizer", "tokenizer_2"), base.tokenizers, strict=True):
-            _save_tokenizer(tokenizer, beside / part)
-        for path, content in _configurations(base).items():
-            save_json(content, beside / path)
-
-    write_folder(folder, write)
+    parts = _plain_parts(base)
+    write_folder(folder, lambda beside: fill_folder(beside, base.settings, base.tokenizers, parts))
 
 
 def save_single_file(base: StableDiffusionXL, path: Path) -> None:
     """Write one safetensors file in the original layout, in the arrays' own dtypes; whole or not there.
 
     It says nothing of configurations, of which its readers know SDXL's, but v-prediction, by the marker `v_pred`.
-    Raises InputError for a U-Net with an adapter in it, and for what the disk refuses.
+    Raises InputError for a base with an adapter or a LoRA in it, and for what the disk refuses.
     """
-    states = (_plain_state(base), *map(torch_state, (base.vae, *base.text_encoders)))
+    write_single_file(path, base.settings, _plain_parts(base))
+
+
+def fill_folder(
+    folder: Path, settings: Settings, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], parts: Parts
+) -> None:
+    """As `save_base`, into a folder that nobody reads yet; of `parts`, plain ones, one at a time is held."""
+    for part, module in parts:
+        if _CLASSES[part][0] == "diffusers":
+            save_weights(module, folder / part / "diffusion_pytorch_model.safetensors")
+        else:
+            save_tensors(_transformers_state(module), folder / part / "model.safetensors")
+        del module  # before the next is made
+    for part, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
+        _save_tokenizer(tokenizer, folder / part)
+    for path, content in _configurations(settings, tokenizers).items():
+        save_json(content, folder / path)
+
+
+def write_single_file(path: Path, settings: Settings, parts: Parts) -> None:
+    """As `save_single_file`; of `parts`, plain ones, one at a time is held beside what the file is to have."""
     tensors: dict[str, np.ndarray] = {}
-    for state, part in zip(states, places(base.settings).values(), strict=True):
-        tensors |= stored(part, state)
-    if base.settings.schedule.prediction_type == "v_prediction":
+    for part, module in parts:
+        tensors |= stored(places(settings)[part], torch_state(module))
+        del module  # before the next is made
+    if settings.schedule.prediction_type == "v_prediction":
         tensors["v_pred"] = np.zeros(0, np.float32)
     save_tensors(tensors, path)
 
 
-def _plain_state(base: StableDiffusionXL) -> dict[str, np.ndarray]:
-    state = torch_state(base.unet)
-    if state.keys() != places(base.settings)["unet"].keys():
-        raise InputError("The U-Net to save has an adapter in it: eject that first, or save the base as it was loaded.")
-    return state
+def _plain_parts(base: StableDiffusionXL) -> list[tuple[str, nnx.Module]]:
+    """The modules by the names of their folders. Raises InputError for what is not of the base alone."""
+    first, second = base.text_encoders
+    parts: list[tuple[str, nnx.Module]] = [
+        ("unet", base.unet),
+        ("vae", base.vae),
+        ("text_encoder", first),
+        ("text_encoder_2", second),
+    ]
+    for part, module in parts:
+        if {entry.key for entry in key_map(module).values()} == places(base.settings)[part].keys():
+            continue
+        names = {"unet": "U-Net", "vae": "VAE"}
+        loras = ", ".join(sorted(lora_names(module)))
+        what, cure = (f"the LoRA {loras} beside its layers", "merge") if loras else ("an adapter in it", "eject")
+        raise InputError(
+            f"The {names.get(part, part)} to save has {what}: {cure} that first, or save the base as it was loaded."
+        )
+    return parts
 
 
-def _transformers_state(encoder: CLIPTextModel) -> dict[str, np.ndarray]:
+def _transformers_state(encoder: nnx.Module) -> dict[str, np.ndarray]:
     """Under the prefix that transformers below 5 insists on, and later ones read too."""
     return {
         key if key.startswith("text_projection") else f"text_model.{key}": array
@@ -79,9 +111,9 @@ def _transformers_state(encoder: CLIPTextModel) -> dict[str, np.ndarray]:
     }
 
 
-def _configurations(base: StableDiffusionXL) -> dict[str, dict[str, Any]]:
+def _configurations(settings: Settings, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> dict[str, dict[str, Any]]:
     """{path in the folder: its JSON}; what is not said is the default of diffusers and transformers, and ours."""
-    unet, vae, text, schedule, zeros_for_no_negative = base.settings
+    unet, vae, text, schedule, zeros_for_no_negative = settings
     levels = len(vae.block_out_channels)
     vae_only = {
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -99,7 +131,7 @@ def _configurations(base: StableDiffusionXL) -> dict[str, dict[str, Any]]:
         | {"image_encoder": [None, None], "feature_extractor": [None, None]}
         | {"force_zeros_for_empty_prompt": zeros_for_no_negative},
     }
-    for part, config, tokenizer in zip(("text_encoder", "text_encoder_2"), text, base.tokenizers, strict=True):
+    for part, config, tokenizer in zip(("text_encoder", "text_encoder_2"), text, tokenizers, strict=True):
         configurations[f"{part}/config.json"] = config.to_dict() | {
             "model_type": "clip_text_model",
             "architectures": [_CLASSES[part][1]],
