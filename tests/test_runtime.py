@@ -31,8 +31,6 @@ PROMPTS = ["a photo of a man in the snow", "a drawing of a dog"]
 # Programs that tests/test_two_streams.py compiles too, but for the one stream.
 CASES = {
     "paper": {"steps": 30},
-    "mutual": {"steps": 10, "attention": "mutual", "style_merge": "adain_mean"},
-    "shared": {"steps": 6, "text_stream": "shared", "cross_merge": False, "pooled_text": "zeros"},
     "one": {"steps": 6, "streams": "one", "style_merge": "adain_mean", "id_scale": 0.6, "negative_prompt": "blurry"},
     "ranges": {"steps": 6, "step_range": (1, 4), "layer_range": (2, 7), "guidance_rescale": 0.7, "scheduler": "euler"},
 }
@@ -64,11 +62,12 @@ for door, pipe in doors.items():
         for hidden, face in zip(given["clip_hidden_states"], given["face_embedding"])
     ]
     for name, options in job["cases"].items():
-        if door == "import" and name != "paper":
+        if door == "import" and name != "one":
             continue
         if options.pop("scheduler", "ddim") == "euler":  # no other case after it
             pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-        out = pipe.sample(job["prompts"], people, latents=torch.from_numpy(given["latents"]), output="np", **options)
+        options["output"] = "np" if name == "paper" else "latent"
+        out = pipe.sample(job["prompts"], people, latents=torch.from_numpy(given["latents"]), **options)
         found[f"{door} {name} images"], found[f"{door} {name} identity"] = out.images, out.latents.numpy()
         if out.text_stream_latents is not None:
             found[f"{door} {name} text"] = out.text_stream_latents.numpy()
@@ -186,8 +185,7 @@ def test_samples_equal_those_of_jax_through_both_doors(found, pipe, people, nois
             assert error(nhwc(text), out.text_stream_latents) <= 1e-4, name
         if name == "paper":  # Measured: 2.8e-6.
             assert np.abs(found["custom_pipeline paper images"] - out.images).max() <= 1e-4
-    for what in ("identity", "text", "images"):
-        np.testing.assert_array_equal(found[f"import paper {what}"], found[f"custom_pipeline paper {what}"])
+    np.testing.assert_array_equal(found["import one identity"], found["custom_pipeline one identity"])
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +210,20 @@ def two(theirs, tiny):
     [
         {"guidance_scale": 1.0, "style_merge": "adain"},
         {"text_stream": "shared", "style_merge": "adain", "text_scale": 1.3},
+        {"text_stream": "shared", "cross_merge": False, "pooled_text": "zeros"},
+        {"attention": "mutual", "style_merge": "adain_mean"},
         {"attention": "off", "guidance_scale": 3.0},
+        {"step_range": [1, np.int64(3)], "layer_range": [0, None]},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )
 def test_more_switches_equal_those_of_the_reference(theirs, two, noise, oracle, switches):
     out = theirs.sample(PROMPTS, two, latents=nchw(noise), steps=4, output="latent", **switches)
-    identity, text = oracle(nchw(noise), steps=4, **switches)
+    named = {key: x for key, x in switches.items() if not key.endswith("_range")}
+    for unit in ("step", "layer"):
+        if f"{unit}_range" in switches:
+            named[f"first_{unit}"], named[f"last_{unit}"] = switches[f"{unit}_range"]
+    identity, text = oracle(nchw(noise), steps=4, **named)
     # Measured: 0.4e-6 to 1.5e-6.
     assert error(out.latents, identity) <= 1e-5
     assert (text is None) == (out.text_stream_latents is None)
@@ -265,6 +270,14 @@ def test_a_row_of_noise_belongs_to_its_seed(theirs, two):
     assert torch.equal(sample(["a dog", "a dog"], generators), both)
 
 
+def test_seeds_in_any_form(runtime):
+    shape, first = (2, 4, 8, 8), torch.Generator().manual_seed(3)
+    expected = runtime.draw(shape, 3)
+    for same in (np.int64(3), [3, np.int32(4)], (3, torch.Generator().manual_seed(4)), np.array([3, 4])):
+        assert torch.equal(runtime.draw(shape, same), expected)
+    assert torch.equal(runtime.draw(shape, first)[:1], expected[:1])
+
+
 def test_mixtures_equal_those_of_jax(pipe, theirs, people, two):
     for weights in (None, [0.3, 0.7]):
         ours, mixed = pipe.mix_identities(people, weights), theirs.mix_identities(two, weights)
@@ -296,9 +309,7 @@ def features_of(seed: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("family", published.FAMILIES)
 def test_published_adapters_sample_as_in_diffusers(runtime, theirs, tiny, noise, tmp_path, family):
-    state = published.random_state(family, theirs.unet)
-    if family != "faceid":  # diffusers takes ten seconds to load a LoRA: once is enough
-        state = {key: value for key, value in state.items() if "_lora" not in key}
+    state = {key: x for key, x in published.random_state(family, theirs.unet).items() if "_lora" not in key}
     file = (tmp_path / published.FILES[family]).with_suffix(".safetensors")
     save_file(state, file)
     made = runtime.InfiniteIDPipeline(**theirs.components)
@@ -322,22 +333,42 @@ def test_published_adapters_sample_as_in_diffusers(runtime, theirs, tiny, noise,
     theirs_latents = diffusers.sample(PROMPTS, nchw(noise), *inputs, num_inference_steps=10, guidance_scale=5.0)
     ours = made.sample(PROMPTS, person, latents=nchw(noise), streams="one", steps=10, output="latent")
     assert error(ours.latents, theirs_latents) <= 1e-4  # Measured: at most 1.5e-6.
-    if family == "faceid":  # the LoRA is the identity stream's alone
-        adapter = {key: value for key, value in state.items() if "_lora" not in key}
-        with torch.no_grad():
-            text, _, text_pooled, _ = made.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-        identity, text_latents = reference_torch.two_stream_sample(
-            made.unet,
-            adapter,
-            nchw(noise),
-            reference_torch.Text(text, text_pooled),
-            [reference_torch.IdentityTokens(*person)],
-            identity_unet=published.merged_lora(made.unet, state),
-            steps=3,
-        )
-        out = made.sample(PROMPTS, person, latents=nchw(noise), steps=3, output="latent")
-        assert error(out.latents, identity) <= 1e-5  # Measured: 1.6e-6.
-        assert error(out.text_stream_latents, text_latents) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["faceid", "faceid_plusv2"])
+def test_a_lora_is_the_identity_streams_alone(runtime, theirs, noise, tmp_path, family):
+    """In one stream it is the whole U-Net's; tests/test_adapters.py has diffusers' loader of such files."""
+    state = published.random_state(family, theirs.unet)
+    file = (tmp_path / published.FILES[family]).with_suffix(".safetensors")
+    save_file(state, file)
+    made = runtime.InfiniteIDPipeline(**theirs.components)
+    made.set_progress_bar_config(disable=True)
+    made.load_infinite_id(file)
+    person = made.encode_identity(**features_of(3))
+    plain, merged = {key: x for key, x in state.items() if "_lora" not in key}, published.merged_lora(made.unet, state)
+    with torch.no_grad():
+        text, _, text_pooled, _ = made.encode_prompt(PROMPTS[0], do_classifier_free_guidance=False)
+    identity, text_latents = reference_torch.two_stream_sample(
+        made.unet,
+        plain,
+        nchw(noise)[:1],
+        reference_torch.Text(text, text_pooled),
+        [reference_torch.IdentityTokens(*person)],
+        identity_unet=merged,
+        steps=2,
+    )
+    out = made.sample(PROMPTS[0], person, latents=nchw(noise)[:1], steps=2, output="latent")
+    assert error(out.latents, identity) <= 1e-5  # Measured: 1.6e-6.
+    assert error(out.text_stream_latents, text_latents) <= 1e-5
+    save_file(plain, file)
+    other = runtime.InfiniteIDPipeline(**theirs.components | {"unet": merged})
+    other.set_progress_bar_config(disable=True)
+    other.load_infinite_id(file)
+    ours, expected = (
+        each.sample(PROMPTS[0], person, latents=nchw(noise)[:1], steps=1, streams="one", output="latent").latents
+        for each in (made, other)
+    )
+    assert error(ours, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("mapper", "face_tokens"), [("resampler", 1), ("none", 4), ("mlp", 0)])
@@ -391,36 +422,137 @@ def test_files_that_are_not_whole_are_refused(runtime, pipe, tmp_path):
 def test_adapters_of_something_else_are_refused(runtime, theirs, tiny, tmp_path):
     state = load_file(tiny.adapter / "adapter.safetensors")
     made = runtime.InfiniteIDPipeline(**theirs.components)
-
-    def load(state):
-        save_file(state, tmp_path / "it.safetensors")
-        made.load_infinite_id(tmp_path / "it.safetensors")
-
-    with pytest.raises(ValueError, match="has no ip_adapter"):
-        load({key: value for key, value in state.items() if "to_k_ip" not in key})
-    with pytest.raises(ValueError, match=r"to_k_ip.weight \[64, 48\]; this model takes \[64, 64\]"):
-        load({key: value[..., :48].contiguous() if "_ip." in key else value for key, value in state.items()})
-    with pytest.raises(ValueError, match="no identity adapter of a known family"):
-        load({key: value for key, value in state.items() if "mapper" not in key})
+    faceid, plus = (published.random_state(family, theirs.unet) for family in ("faceid", "ip_adapter_plus"))
+    key, norm = "ip_adapter.1.to_k_ip.weight", "clip_mapper.norm.weight"
+    instant = plus | {"image_proj.proj_in.weight": torch.zeros(48, 512)}
+    pulid = {"id_adapter.latents": torch.zeros(1, 5, 48)}
+    narrow = {key: x[..., :48].contiguous() if "_ip." in key else x for key, x in state.items()}
+    for bad, words in (
+        ({key: x for key, x in state.items() if "to_k_ip" not in key}, f"adapter's {key} is missing"),
+        (narrow, rf"{key} \[64, 48\] does not fit \(.*64.*\): give an adapter for this model"),
+        ({key: x for key, x in state.items() if "mapper" not in key}, "no adapter of a known family: give IP-Adapter"),
+        (pulid, "no adapter of a known family"),
+        (instant, "is InstantID's adapter"),
+        (state | {"ip_adapter.99.to_k_ip.weight": state[key]}, r"1 tensors of no use to this model \(ip_adapter.99"),
+        (state | {"ip_adapter.0.to_k_ip.weight": state[key]}, r"no use to this model \(ip_adapter.0.to_k"),
+        (state | {"extra": torch.zeros(1)}, r"no use to this model \(extra\)"),
+        (state | {"image_proj.norm.weight": torch.zeros(1)}, r"no use to this model \(image_proj.norm.weight\)"),
+        (state | {norm: torch.zeros(63)}, rf"adapter's {norm} \[63\] does not fit"),
+        (state | {"clip_mapper.proj.0.bias": torch.zeros(1)}, "clip_mapper.proj.0.* does not fit"),
+        (state | {"face_mapper.proj.2.weight": torch.zeros(64, 31)}, r"face_mapper.proj.2.weight \[64, 31\] does not"),
+        (state | {"face_mapper.proj.2.weight": torch.zeros(64)}, r"face_mapper.proj.2.weight \[64\] does not"),
+        (plus | {"image_proj.latents": torch.zeros(2, 4, 48)}, "does not fit"),
+        (
+            plus | {"image_proj.layers.5.0.to_q.weight": torch.zeros(128, 48)},
+            r"no use to this model \(image_proj.layers",
+        ),
+        (
+            {key: x for key, x in faceid.items() if key != "ip_adapter.2.to_q_lora.up.weight"},
+            "2.to_q_lora.up.* missing",
+        ),
+        (faceid | {"ip_adapter.3.to_v_lora.up.weight": torch.zeros(64, 4)}, "3.to_v_lora.up.* does not fit"),
+    ):
+        save_file({key: x.clone() for key, x in bad.items()}, tmp_path / "it.safetensors")
+        with pytest.raises(ValueError, match=words):
+            made.load_infinite_id(tmp_path / "it.safetensors")
     assert made.adapter is None
+
+
+@pytest.mark.parametrize("family", ["ours", *published.FAMILIES])
+def test_each_tensor_of_an_adapter_is_needed(runtime, theirs, tiny, family):
+    if family == "ours":
+        state = load_file(tiny.adapter / "adapter.safetensors")
+    else:
+        state = published.random_state(family, theirs.unet)
+    config = {"shortcut_scale": 1.0}
+    runtime.Adapter(state, config).check(theirs.unet)
+    for key in (key for key in state if not key.startswith("ip_adapter.") or key.startswith("ip_adapter.3.")):
+        without = runtime.Adapter({other: x for other, x in state.items() if other != key}, config)
+        if without.needs:  # without its sign it is of no family
+            with pytest.raises(ValueError, match=r"is missing|of no use"):
+                without.check(theirs.unet)
+        with pytest.raises(ValueError, match=r"does not fit"):
+            runtime.Adapter(state | {key: torch.cat([state[key]] * 2)}, config).check(theirs.unet)
+
+
+def test_pickles_are_sent_to_the_export(runtime, tmp_path):
+    for name in ("ip-adapter_sdxl.bin", "a.pt", "a.CKPT"):
+        with pytest.raises(ValueError, match=f"--checkpoint .*{name} --format diffusers` of infinite_id_jax"):
+            runtime.read_adapter(tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no whole adapter"):
+        runtime.read_adapter(tmp_path)
+
+
+def test_features_are_taken_in_any_form(theirs, tiny):
+    features = tiny.features(10)
+    expected = theirs.encode_identity(**features).tokens
+    for form in (torch.tensor, np.float64, np.ndarray.tolist, lambda x: torch.tensor(x).double().requires_grad_()):
+        found = theirs.encode_identity(**{name: form(x) for name, x in features.items()}).tokens
+        assert error(found, expected) <= 1e-5
+        assert not found.requires_grad
+    half = {name: torch.tensor(x).half() for name, x in features.items()}
+    assert error(theirs.encode_identity(**half).tokens, expected) <= 1e-2
+    hidden, face = features.values()
+    for hidden_states, embedding, words in (
+        (hidden[None], face, r"clip_hidden_states \[1, 257, 32\] .*finite numbers, \[any, 32\]"),
+        (hidden[:, :31], face, r"clip_hidden_states \[257, 31\]"),
+        (hidden[:0], face, r"clip_hidden_states \[0, 32\]"),
+        (hidden, face[None], r"face_embedding \[1, 16\] .*finite numbers, \[16\]"),
+        (hidden, face[:15], r"face_embedding \[15\]"),
+        (hidden, face * np.float32(np.nan), r"face_embedding \[16\], not finite,"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            theirs.encode_identity(clip_hidden_states=hidden_states, face_embedding=embedding)
 
 
 def test_requests_that_cannot_be_met_are_refused(runtime, theirs, two, tiny, noise):
     latents, features = nchw(noise), tiny.features(1)
-    empty = runtime.InfiniteIDPipeline(**theirs.components)
+    empty, blind = (runtime.InfiniteIDPipeline(**theirs.components | {"image_encoder": None}) for _ in range(2))
+    blind.load_infinite_id(tiny.adapter)
+    crop, face = Image.new("RGB", (64, 64)), {"face_embedding": features["face_embedding"]}
     for call, words in (
         (lambda: empty.encode_identity(**features), "Identities need an adapter"),
         (lambda: theirs.encode_identity(clip_hidden_states=features["clip_hidden_states"]), "takes face_embedding"),
+        (lambda: blind.encode_identity(crop, **face), r"takes clip_hidden_states: .* head_crop .* image_encoder="),
         (lambda: theirs.mix_identities(two, [0.5, 0.6]), "sum to 1"),
         (lambda: theirs.mix_identities(two, [1.0]), "one for each identity"),
         (lambda: theirs.sample([], two), "at least one prompt"),
         (lambda: theirs.sample("a dog", []), "one identity"),
         (lambda: theirs.sample("a dog", two, latents=latents), r"\[2, 4, 8, 8\]; \[1, 4, 8, 8\] is needed"),
-        (lambda: theirs.sample("a dog", two, attention="some"), "choose from mixed, mutual, off"),
-        (lambda: theirs.sample("a dog", two, streams="one", text_stream="shared"), "text_stream concerns"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attention": "some"}, "choose from mixed, mutual, off"),
+        ({"streams": "one", "text_stream": "shared"}, "text_stream concerns"),
+        ({"streams": "one", "layer_range": [1, None]}, "layer_range concerns"),
+        ({"style": "adain", "steps": 2}, "takes no style: its switches are streams, attention"),
+        ({"id_scale": {"up": 1.0}}, r"id_scale \{'up': 1.0\} cannot be used: give one finite number"),
+        ({"id_scale": float("nan")}, "id_scale nan cannot be used"),
+        ({"text_scale": float("inf")}, "text_scale inf cannot be used"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan cannot be used"),
+        ({"guidance_rescale": "0.7"}, "guidance_rescale '0.7' cannot be used"),
+        ({"steps": 0}, "steps 0 cannot be used: give one whole number of 1 or more"),
+        ({"steps": -3}, "steps -3 cannot be used"),
+        ({"steps": 2.0}, "steps 2.0 cannot be used"),
+        ({"step_range": (-2, None)}, r"step_range \(-2, None\) is no range"),
+        ({"step_range": (3, 1)}, r"step_range \(3, 1\) is no range"),
+        ({"layer_range": [0.0, 2]}, r"layer_range \[0.0, 2\] is no range"),
+        ({"layer_range": 3}, "layer_range 3 is no range"),
+        ({"seed": [1, 2]}, r"seed \[1, 2\] cannot be used"),
+        ({"seed": 1.5}, "seed 1.5 cannot be used"),
+        ({"seed": None}, "seed None cannot be used"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_used_are_refused(theirs, two, options, words):
+    with pytest.raises(ValueError, match=words):
+        theirs.sample("a dog", two, **options)
 
 
 def test_half_precision(runtime, theirs, tiny, noise):

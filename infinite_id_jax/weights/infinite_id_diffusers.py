@@ -5,17 +5,20 @@
     person = pipe.encode_identity(clip_hidden_states=..., face_embedding=...)
     images = pipe.sample(["a man in the snow"], [person]).images
 
-FILE is this one and needs no other. FOLDER holds `adapter_config.json` and `adapter.safetensors`; published SDXL
-adapters in safetensors (IP-Adapter, Plus, Full-Face, FaceID, FaceID-Plus) load too. Equations are arXiv 2403.11781's.
+FILE is this one; it imports torch, diffusers, and what SDXL takes there: transformers, safetensors and numpy. FOLDER
+holds `adapter_config.json` and `adapter.safetensors`; published SDXL adapters in safetensors (IP-Adapter, Plus,
+Full-Face, FaceID, FaceID-Plus) load too. Equations are arXiv 2403.11781's.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline  # pyright: ignore[reportPrivateImportUsage]
@@ -26,58 +29,83 @@ from transformers import CLIPImageProcessor
 
 # What an adapter takes of a face. EMPTY is CLIP's answer to an image of zeros: nobody, for guidance, in some families.
 HIDDEN, POOLED, FACE, EMPTY = "clip_hidden_states", "clip_pooled", "face_embedding", "empty_clip_hidden_states"
-OURS = {"clip_mapper.": HIDDEN, "face_mapper.": FACE}
-KEYS, SHORTCUT = ("to_k_ip", "to_v_ip"), "shortcut_scale"
+KEYS, SHORTCUT, OWN, SEEN = ("to_k_ip", "to_v_ip"), "shortcut_scale", "image_proj.", "image_proj.perceiver_resampler."
+# The first map of each mapper, and what it reads.
+OURS = {"clip_mapper.proj_in": HIDDEN, "clip_mapper.proj.0": HIDDEN, "face_mapper.proj.0": FACE}
 PUBLISHED = {  # by a key that a family alone has among those below it
-    "image_proj.latents": (HIDDEN, EMPTY),  # Plus, Plus-Face
-    "image_proj.proj.3.weight": (HIDDEN, EMPTY),  # Full-Face
-    "image_proj.perceiver_resampler.proj_in.weight": (FACE, HIDDEN, EMPTY),  # FaceID-Plus
-    "image_proj.proj.weight": (POOLED,),  # IP-Adapter
-    "image_proj.proj.2.weight": (FACE,),  # FaceID
+    "image_proj.latents": {f"{OWN}proj_in": HIDDEN},  # Plus, Plus-Face
+    "image_proj.proj.3.weight": {f"{OWN}proj.0": HIDDEN},  # Full-Face
+    f"{SEEN}proj_in.weight": {f"{OWN}proj.0": FACE, f"{SEEN}proj_in": HIDDEN},  # FaceID-Plus
+    "image_proj.proj.weight": {f"{OWN}proj": POOLED},  # IP-Adapter
+    "image_proj.proj.2.weight": {f"{OWN}proj.0": FACE},  # FaceID
 }
+WHOLE, NUMBER = int | np.integer, int | float | np.number
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCHEDULE |= {"timestep_spacing": "leading", "set_alpha_to_one": False}
 
 
 class Adapter(dict[str, Tensor]):
-    """An adapter's tensors under the names of its file. ValueError for one that is not there."""
+    """Tensors under the names of their file; what they need of a face, in shapes where 0 is any size."""
 
     def __init__(self, tensors: dict[str, Tensor], config: dict[str, Any]):
         super().__init__(tensors)
-        published = [needs for key, needs in PUBLISHED.items() if key in self]
-        ours = tuple(name for mapper, name in OURS.items() if any(key.startswith(mapper) for key in self))
-        self.config, self.published, self.needs = config, bool(published), published[0] if published else ours
-        self.clip_layer = config.get("clip_layer", "penultimate" if published else "last")
+        ours = {key: name for key, name in OURS.items() if f"{key}.weight" in self}
+        first = next((maps for sign, maps in PUBLISHED.items() if sign in self), ours)
+        self.maps = {key.rpartition("proj")[0]: name for key, name in first.items()}
+        widths = {name: self.get(f"{key}.weight", torch.ones(1)).shape[-1] for key, name in first.items()}
+        widths |= {EMPTY: widths[HIDDEN]} if OWN in self.maps and HIDDEN in widths else {}
+        self.needs = {name: (0,) * (name in (HIDDEN, EMPTY)) + (width,) for name, width in widths.items()}
+        self.config, self.read = config, dict[str, None]()  # those asked for, in order
+        self.clip_layer = config.get("clip_layer", "penultimate" if OWN in self.maps else "last")
 
-    def __missing__(self, key: str) -> Tensor:
-        raise ValueError(f"The adapter has no {key}: its file is incomplete, or of another kind.")
+    def __getitem__(self, key: str) -> Tensor:
+        self.read[key] = None
+        return super().__getitem__(key)
+
+    def check(self, unet: Any) -> None:
+        """ValueError unless these are all the tensors that the family has over this U-Net, in its shapes."""
+        dry = Adapter({key: x.to("meta") for key, x in self.items()}, self.config)  # computes shapes alone
+        try:
+            tokens = dry.tokens({name: torch.zeros([n or 2 for n in shape]) for name, shape in self.needs.items()})
+            for n, name in enumerate(unet.attn_processors):
+                for key in ("to_q", "to_k", "to_v", "to_out.0"):
+                    linear, at = unet.get_submodule(name.replace("processor", key)), f"ip_adapter.{n}.{key[:6]}"
+                    if ".attn2." in name and f"{key}_ip" in KEYS:
+                        dry.project(f"{at}_ip", tokens).view(len(tokens), linear.out_features)
+                    if any("_lora." in key for key in self):
+                        down = dry.project(f"{at}_lora.down", torch.zeros(linear.in_features))
+                        dry.project(f"{at}_lora.up", down).view(linear.out_features)
+        except (RuntimeError, TypeError, KeyError) as error:
+            key = next(reversed(dry.read))
+            fault = f"{list(self[key].shape)} does not fit ({error})" if key in self else "is missing"
+            raise ValueError(f"The adapter's {key} {fault}: give an adapter for this model.") from None
+        if unused := sorted(self.keys() - dry.read):
+            some = ", ".join(unused[:3])
+            raise ValueError(f"The adapter has {len(unused)} tensors of no use to this model ({some}): give another.")
 
     def tokens(self, features: dict[str, Tensor]) -> Tensor:
         """c_id [K, width] of one person (Eq. 4), from [L, clip_dim], [clip_dim], [face_dim], as `needs` names them."""
-        inputs = [F.normalize(features[x], dim=-1) if x == FACE else features[x] for x in self.needs if x != EMPTY]
-        if not self.published:
-            mappers = [mapper for mapper, name in OURS.items() if name in self.needs]
-            return torch.cat([self._map(mapper, x) for mapper, x in zip(mappers, inputs, strict=True)])
-        tokens = self._map("image_proj.", inputs[0])
-        if len(inputs) == 1:
-            return tokens
-        seen, scale = self._resample("image_proj.perceiver_resampler.", inputs[1], tokens), self.config[SHORTCUT]
+        x = {at: F.normalize(features[i], dim=-1) if i == FACE else features[i] for at, i in self.maps.items()}
+        if SEEN not in x:
+            return torch.cat([self._map(mapper, each) for mapper, each in x.items()])
+        tokens = self._map(OWN, x[OWN])
+        seen, scale = self._resample(SEEN, x[SEEN], tokens), self.config[SHORTCUT]
         return seen if scale is None else tokens + scale * seen  # FaceID-Plus version 1, or 2
 
     def _map(self, name: str, x: Tensor) -> Tensor:
         """[..., dim] -> [tokens, width]: a resampler; or one linear map, or two around GELU, then LayerNorm."""
         if f"{name}latents" in self:
-            return self._resample(name, x, self[f"{name}latents"][0])
+            return self._resample(name, x, self[f"{name}latents"].squeeze(0))
         if f"{name}proj.weight" in self:
-            x = self.project(f"{name}proj", x)
+            x = self.project(f"{name}proj", x, bias=True)
         else:
-            x = self.project(f"{name}proj.2", F.gelu(self.project(f"{name}proj.0", x)))
+            x = self.project(f"{name}proj.2", F.gelu(self.project(f"{name}proj.0", x, bias=True)), bias=True)
         norm = f"{name}proj.3" if f"{name}proj.3.weight" in self else f"{name}norm"
         return self._norm(norm, x.reshape(-1, len(self[f"{norm}.weight"])))
 
     def _resample(self, name: str, x: Tensor, latents: Tensor) -> Tensor:
         """IP-Adapter-Plus's perceiver: latents [n, dim] look at x [L, dim_in] and at themselves -> [n, width]."""
-        x, layer = self.project(f"{name}proj_in", x), 0
+        x, layer = self.project(f"{name}proj_in", x, bias=True), 0
         while (at := f"{name}layers.{layer}.") + "0.to_q.weight" in self:
             own, layer = self._norm(f"{at}0.norm2", latents), layer + 1
             k, v = self.project(f"{at}0.to_kv", torch.cat([self._norm(f"{at}0.norm1", x), own])).chunk(2, dim=-1)
@@ -86,11 +114,11 @@ class Adapter(dict[str, Tensor]):
             latents = latents + self.project(f"{at}0.to_out", attend(q, k, v)[0].transpose(0, 1).flatten(1))
             hidden = self.project(f"{at}1.1", self._norm(f"{at}1.0", latents))
             latents = latents + self.project(f"{at}1.3", F.gelu(hidden))
-        return self._norm(f"{name}norm_out", self.project(f"{name}proj_out", latents))
+        return self._norm(f"{name}norm_out", self.project(f"{name}proj_out", latents, bias=True))
 
-    def project(self, name: str, x: Tensor) -> Tensor:  # by the linear map of this name
-        weight = self[f"{name}.weight"]
-        return F.linear(x.to(weight), weight, self.get(f"{name}.bias"))
+    def project(self, name: str, x: Tensor, bias: bool = False) -> Tensor:  # by the linear map of this name
+        added, weight = self[f"{name}.bias"] if bias else None, self[f"{name}.weight"]
+        return F.linear(x.to(weight), weight, None if added is None else added.view(len(weight)))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self[f"{name}.weight"], self[f"{name}.bias"])
@@ -99,6 +127,9 @@ class Adapter(dict[str, Tensor]):
 def read_adapter(path: str | Path) -> Adapter:
     """An adapter folder, or a published .safetensors file. ValueError for what is damaged or something else."""
     path, config = Path(path), {}
+    if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt"):
+        cure = f"`python export.py --checkpoint {path} --format diffusers` of infinite_id_jax makes a folder of it"
+        raise ValueError(f"{path} is a pickle and this reads safetensors only: {cure}.")
     try:
         if path.is_dir():
             config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -108,17 +139,25 @@ def read_adapter(path: str | Path) -> Adapter:
         with safe_open(path, framework="pt") as file:
             adapter = Adapter({key: file.get_tensor(key) for key in sorted(file.keys())}, config)
             types, metadata = {key: file.get_slice(key).get_dtype() for key in adapter}, file.metadata() or {}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{path} is no whole adapter ({error}): give another folder or .safetensors file.") from None
     digest = hashlib.sha256()
     for key, tensor in adapter.items():
         digest.update(f"{key}:{types[key]}:{'x'.join(map(str, tensor.shape))};".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    if metadata.get("sha256", digest.hexdigest()) != digest.hexdigest():
+    if metadata.get("infinite_id.sha256", digest.hexdigest()) != digest.hexdigest():
         raise ValueError(f"{path} is damaged (its checksum does not fit its contents): copy it again.")
-    if not adapter.needs:
-        raise ValueError(f"{path} is no identity adapter of a known family: give another.")
+    instant_id = f"{OWN}latents" in adapter and adapter.needs[HIDDEN][-1] == 512  # a face where Plus sees CLIP
+    if instant_id or not adapter.needs:
+        kind = "InstantID's adapter, which needs its ControlNet" if instant_id else "no adapter of a known family"
+        raise ValueError(f"{path} is {kind}: give IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus, or a folder.")
     return adapter
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, kind: Any = NUMBER) -> None:
+    if not isinstance(value, kind) or not math.isfinite(value) or value < least:
+        what = "one finite number" if kind is NUMBER else f"one whole number of {least} or more"
+        raise ValueError(f"{name} {value!r} cannot be used: give {what}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +177,20 @@ class Switches:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type)
+            name, value, allowed = field.name, getattr(self, field.name), get_args(field.type)
             if get_origin(field.type) is Literal and value not in allowed:
-                raise ValueError(f"Unknown {field.name} {value!r}: choose from {', '.join(allowed)}.")
-            of_text = field.name in ("attention", "text_stream", "step_range", "layer_range")
+                raise ValueError(f"Unknown {name} {value!r}: choose from {', '.join(allowed)}.")
+            if field.type is float:
+                check_number(name, value)
+            if name.endswith("_range"):
+                first, end = value if isinstance(value, list | tuple) and len(value) == 2 else (-1, None)
+                last = first if end is None else end
+                if not (isinstance(first, WHOLE) and isinstance(last, WHOLE) and 0 <= first <= last):
+                    raise ValueError(f"{name} {value!r} is no range: give 0 <= first <= end, or None as the end.")
+                object.__setattr__(self, name, value := (first, end))
+            of_text = name in ("attention", "text_stream", "step_range", "layer_range")
             if of_text and self.streams == "one" and value not in (field.default, "off"):
-                raise ValueError(f"{field.name} concerns the text stream, which streams='one' lacks: leave it out.")
+                raise ValueError(f"{name} concerns the text stream, which streams='one' lacks: leave it out.")
 
 
 @dataclasses.dataclass
@@ -187,6 +234,15 @@ def merge_style(name: str, x: Tensor, y: Tensor) -> Tensor:
     var_x, var_y = (z.var(-2, keepdim=True) + 1e-5 for z in (x32, y32))
     scale = (var_y / var_x).sqrt() if name == "adain" else 1.0
     return ((x32 - x32.mean(-2, keepdim=True)) * scale + y32.mean(-2, keepdim=True)).to(x.dtype)
+
+
+def draw(shape: tuple[int, ...], seed: Any) -> Tensor:
+    """Unit normal numbers [P, ...]: row p from seed + p, or from seed[p]. ValueError for what is no seed."""
+    seeds = [seed + p if isinstance(seed, WHOLE) else seed for p in range(shape[0])]
+    seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else seeds
+    if len(seeds) != shape[0] or not all(isinstance(x, WHOLE | torch.Generator) for x in seeds):
+        raise ValueError(f"seed {seed!r} cannot be used: give an integer or a torch.Generator, or one for each prompt.")
+    return randn_tensor(shape, [torch.Generator().manual_seed(int(x)) if isinstance(x, WHOLE) else x for x in seeds])
 
 
 class IdentityAttention:
@@ -265,11 +321,7 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
     def load_infinite_id(self, path: str | Path) -> None:
         """Take an adapter folder, or a published .safetensors file, and DDIM. ValueError for what does not fit."""
         adapter, said = read_adapter(path), dict(self.scheduler.config)
-        for n, name in enumerate(self.unet.attn_processors):
-            needed = self.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
-            for key in (f"ip_adapter.{n}.{part}.weight" for part in KEYS if ".attn2." in name):
-                if adapter[key].shape != needed:
-                    raise ValueError(f"{path} has {key} {list(adapter[key].shape)}; this model takes {list(needed)}.")
+        adapter.check(self.unet)
         for key in said.pop("_use_default_values", []):  # a scheduler's own defaults; SDXL's are others
             del said[key]
         self.adapter, self.scheduler = adapter, DDIMScheduler.from_config(SCHEDULE | said, clip_sample=False)
@@ -287,8 +339,17 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
             features = ({EMPTY: self._see(None)[HIDDEN]} if EMPTY in adapter.needs else {}) | features
         missing = [name for name in adapter.needs if features.get(name) is None]
         if missing:
-            raise ValueError(f"This adapter also takes {' and '.join(missing)}: give it to encode_identity.")
-        person = {name: torch.as_tensor(features[name]) for name in adapter.needs}
+            clip = "" if missing == [FACE] else ", or a head_crop to a pipeline that was loaded with image_encoder=..."
+            raise ValueError(f"This adapter also takes {' and '.join(missing)}: give it to encode_identity{clip}.")
+        person = {}
+        for name, shape in adapter.needs.items():
+            x = features[name]
+            x = x.float() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, "f4", order="C"))
+            if x.ndim != len(shape) or x.shape[-1] != shape[-1] or not x.numel() or not x.isfinite().all():
+                wrong = f"{list(x.shape)}{'' if x.isfinite().all() else ', not finite,'}"
+                needed = ", ".join(str(n or "any") for n in shape)
+                raise ValueError(f"{name} {wrong} cannot be used: give one face's finite numbers, [{needed}].")
+            person[name] = x
         nobody = {name: torch.zeros_like(x) for name, x in person.items()}
         nobody |= {HIDDEN: person[EMPTY]} if EMPTY in person else {}
         return Identity(adapter.tokens(person), adapter.tokens(nobody))
@@ -315,18 +376,23 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
         steps: int = 30,
         guidance_scale: float = 5.0,
         guidance_rescale: float = 0.0,
-        seed: int | torch.Generator | list[torch.Generator] = 0,
+        seed: int | torch.Generator | Sequence[int | torch.Generator] = 0,
         latents: Tensor | None = None,
         output: str = "pil",
         **switches: Any,
     ) -> InfiniteIDOutput:
         """P prompts x M identities -> P * M images, prompt-major; `switches` are the fields of `Switches`.
 
-        Prompt row p starts from the noise of seed + p, or of generators; or from latents[p] of [P, 4, h, w], unit
-        normal. guidance_scale of 1 or less turns guidance off. negative_prompt None is zero embeddings. output: pil,
-        np, pt or latent. ValueError for what cannot be used.
+        Prompt row p starts from the noise of seed + p, of seed[p], maybe a torch.Generator, or from latents[p] of
+        [P, 4, h, w], unit normal. guidance_scale of 1 or less turns guidance off. negative_prompt None is zero
+        embeddings. output: pil, np, pt or latent. ValueError for what cannot be used.
         """
+        for name in switches.keys() - Switches.__dataclass_fields__.keys():
+            raise ValueError(f"sample takes no {name}: its switches are {', '.join(Switches.__dataclass_fields__)}.")
         s = Switches(**switches)
+        check_number("guidance_scale", guidance_scale)
+        check_number("guidance_rescale", guidance_rescale)
+        check_number("steps", steps, 1, WHOLE)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         people = [identities] if isinstance(identities, Identity) else list(identities)
         if not prompts or not people:
@@ -334,9 +400,7 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
         sides = (self.default_sample_size,) * 2 if latents is None else latents.shape[2:]
         size = [n * self.vae_scale_factor if x is None else x for n, x in zip(sides, (height, width), strict=True)]
         shape = (len(prompts), self.unet.config.in_channels, *(n // self.vae_scale_factor for n in size))
-        if isinstance(seed, int):
-            seed = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-        latents = randn_tensor(shape, seed) if latents is None else latents
+        latents = draw(shape, seed) if latents is None else latents
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; {list(shape)} is needed.")
         copies = 0 if s.streams == "one" else len(people) if s.text_stream == "shared" else 1
@@ -348,7 +412,13 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
             ended[:] = [x]
             return {"latents": x[rows.texts :] if rows.step == self.num_timesteps else x}  # text is not decoded
 
-        options: Any = self._conditions(prompts, negative_prompt, rows, s)
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        words: Any = (prompts, None, self._execution_device, 1, rows.halves == 2, negative_prompt)
+        options: Any = {
+            name: x if x is None else rows.spread(x) for name, x in zip(names, self.encode_prompt(*words), strict=True)
+        }
+        for pooled in (x for x in (options[name] for name in names[2:]) if x is not None):
+            pooled[rows.texts :] *= s.pooled_text == "prompt"
         options |= {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "output_type": output}
         options |= {"height": size[0], "width": size[1], "latents": rows.spread(latents).to(self.unet.dtype)}
         options |= {"num_inference_steps": steps, "callback_on_step_end": after_step}
@@ -358,16 +428,8 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
             out: Any = self(**options)
         finally:
             self.unet.set_attn_processor(before)
-        own = s.streams == "two" and s.text_stream == "own"
-        return InfiniteIDOutput(out.images, ended[0][rows.texts :], ended[0][: rows.texts] if own else None)
-
-    def _conditions(self, prompts: Any, negative: Any, rows: Rows, s: Switches) -> dict[str, Tensor | None]:
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        encoded = self.encode_prompt(prompts, None, self._execution_device, 1, rows.halves == 2, negative)
-        spread = {name: None if x is None else rows.spread(x) for name, x in zip(names, encoded, strict=True)}
-        for pooled in (x for name, x in spread.items() if "pooled" in name and x is not None):
-            pooled[rows.texts :] *= s.pooled_text == "prompt"
-        return spread
+        text = ended[0][: rows.texts] if s.streams == "two" and s.text_stream == "own" else None
+        return InfiniteIDOutput(out.images, ended[0][rows.texts :], text)
 
     def _processors(self, people: list[Identity], rows: Rows, s: Switches) -> dict[str, IdentityAttention]:
         adapter, names = self._loaded(), list(self.unet.attn_processors)
@@ -386,8 +448,8 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
     def _loaded(self) -> Adapter:
         if self.adapter is None:
             raise ValueError("Identities need an adapter: call load_infinite_id(FOLDER) first.")
-        moved = {key: x.to(self._execution_device, self.unet.dtype) for key, x in self.adapter.items()}
-        self.adapter = Adapter(moved, self.adapter.config)
+        where = self._execution_device, self.unet.dtype  # each walks over all modules: ask once
+        self.adapter = Adapter({key: x.to(*where) for key, x in self.adapter.items()}, self.adapter.config)
         return self.adapter
 
     def _see(self, picture: Any) -> dict[str, Tensor]:
