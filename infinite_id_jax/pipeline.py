@@ -393,7 +393,7 @@ def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 def checked_people(identities: Any) -> list[Identity]:
     """One identity, several or none as a list. Raises InputError for anything else."""
-    people = list(identities or ()) if isinstance(identities, list | tuple | None) else [identities]
+    people: list[Any] = list(identities or ()) if isinstance(identities, list | tuple | None) else [identities]
     for person in people:
         if not isinstance(person, Identity):
             raise InputError(f"A {type(person).__name__} is no identity: make one of it with encode_identity.")

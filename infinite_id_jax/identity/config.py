@@ -120,7 +120,8 @@ class EncoderConfig:
         if self.needs.face_dim not in (0, embedding_dim):
             raise InputError(
                 f"The adapter was trained on face embeddings of {self.needs.face_dim} numbers and the face backend "
-                f"{name} gives {embedding_dim}: choose the backend it was trained with (insightface gives 512, mtcnn_dlib 128)."
+                f"{name} gives {embedding_dim}: choose the backend it was trained with (insightface gives 512, "
+                "mtcnn_dlib 128)."
             )
 
 

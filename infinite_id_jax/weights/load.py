@@ -1,7 +1,8 @@
-"""Weights from files into device arrays: safetensors (one file or shards) and old Flax msgpack.
+"""Weights from files into device arrays: safetensors (one file or shards), pickles and old Flax msgpack.
 
-Arrays are read one at a time and go straight to their devices in the asked dtype, so the host holds one
-tensor beside what the devices hold. Every missing, surplus or mis-shaped key is named in one error.
+Arrays are read one at a time and go straight to their devices in the asked dtype, so the host holds one tensor beside
+what the devices hold; a checksum, where a file has one, is compared before, and msgpack holds all at once. Every
+missing, surplus or mis-shaped key is named in one error.
 """
 
 import json
