@@ -258,15 +258,26 @@ def test_a_model_without_image_encoder_is_found_early(capsys, place, tmp_path, o
 
 
 @pytest.mark.parametrize(
+    ("widths", "says"),
+    [
+        ({"face_dim": 512}, "face embeddings of 512 numbers"),
+        ({"clip_dim": 1664, "face_dim": 128}, "CLIP image encoder of width 1664"),
+    ],
+)
+def test_an_adapter_of_other_encoders_is_refused(capsys, place, tmp_path, widths, says):
+    folder = write_adapter(tmp_path / "adapter", **({"clip_dim": 32} | widths))
+    assert says in refused(capsys, arguments(place, tmp_path / "out", "--adapter", str(folder), "--dry-run"))
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"cross_attention_dim": 2048}, "cross-attention width 2048"),
-        ({"face_dim": 512}, "face embeddings of 512 numbers"),
-        ({"clip_dim": 1664}, "CLIP image encoder of width 1664"),
+        ({"face_dim": 512}, "256x128 instead of 256x512"),
         ({"format": "ip_adapter"}, "is no identity adapter of a known family"),
     ],
 )
-def test_an_adapter_of_another_width_is_refused(capsys, place, tmp_path, change, says):
+def test_a_configuration_that_is_not_the_weights_is_refused(capsys, place, tmp_path, change, says):
     folder = shutil.copytree(place / "adapter", tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | change))

@@ -62,7 +62,7 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> PublishedConfig:
     if family is None or not keys or len(tensors[keys[0]].shape) < 2:
         kind = looks_like({key: tensor.shape for key, tensor in tensors.items()})
         absent = [part for part in _PARTS if not any(key.startswith(part) for key in tensors)]
-        if len(absent) == 1:
+        if len(absent) == 1 and all(key.startswith(_PARTS) for key in tensors):
             raise InputError(f"{path} is half {kind}: it holds nothing below {absent[0]}; fetch it again whole.")
         raise InputError(
             f"{path} is no identity adapter of a known family{f': it looks like {kind}' if kind else ''}; give an "
