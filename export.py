@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from infinite_id_jax.weights.settings import Settings
 
 RUNTIME, ALIAS = "infinite_id_diffusers.py", "pipeline.py"
+LONGEST_NAME = 240  # in bytes; file systems take 255, and what is being written is called ".NAME.partial"
 FORMATS = ("infinite_id", "diffusers", "comfyui")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?")
 _OF_PICTURES = ("image_encoder", "feature_extractor")  # which a base is sampled with, and is whole without
@@ -98,6 +99,8 @@ def check_paths(args: argparse.Namespace) -> None:
     try:
         if os.path.lexists(output):
             raise InputError(f"--output {output} exists already: name a folder that does not.")
+        if len(os.fsencode(output.name)) > LONGEST_NAME:
+            raise InputError(f"--output has a name of {len(output.name)} letters: give a shorter one.")
         above = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
         if not above.is_dir():
             raise InputError(f"--output {output} lies below {above}, which is no folder: name another place.")
@@ -215,11 +218,12 @@ def read_checkpoint(args: argparse.Namespace) -> tuple["EncoderConfig", dict[str
 
 def _result_of(path: Path) -> Path:
     """The adapter that a run left whose checkpoints were removed; any other path as it is."""
-    from infinite_id_jax.weights.adapter import CONFIG
+    from infinite_id_jax.weights.adapter import CONFIG, FILES
 
     if (path / "adapter" / CONFIG).is_file():
         return path / "adapter"
-    if path.name == "checkpoints" or (path / "checkpoints").is_dir() or (path / "metrics.csv").is_file():
+    of_a_run = path.name == "checkpoints" or (path / "checkpoints").is_dir() or (path / "metrics.csv").is_file()
+    if of_a_run and not any(file.suffix in FILES for file in path.iterdir()):
         raise InputError(
             f"--checkpoint {path} is a run of train.py that has saved nothing yet: let it go on until then."
         )
@@ -281,7 +285,7 @@ def export_adapter(
     else:
         files |= {WEIGHTS: "the weights, with their checksum in the header", CONFIG: "what they are"}
     if form == "diffusers":
-        files[RUNTIME] = "two-stream sampling in PyTorch: needs torch and diffusers alone"
+        files[RUNTIME] = "two-stream sampling in PyTorch: needs torch, diffusers and transformers"
         files[ALIAS] = "where diffusers looks for it"
     if published:
         files[published] = "the weights under the keys of a published family"

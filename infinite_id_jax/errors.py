@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+FLOAT32_MAX = 3.4e38
+
 
 class InputError(ValueError):
     """A file, an option or a checkpoint that cannot be used as given. Programs exit with `exit_code`."""
@@ -42,12 +44,12 @@ class DivergedError(InputError):
 
 
 def finite(name: str, value: Any) -> float:
-    """`value` as a float. Raises InputError, which calls it `name`, for what is no number or not a finite one."""
+    """`value` as a float. Raises InputError, which calls it `name`, for what is no number or not finite in fp32."""
     try:
         number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) < FLOAT32_MAX:
         raise InputError(f"{name} is {value!r}: give a finite number.")
     return number
 

@@ -251,7 +251,7 @@ class InfiniteIDPipeline:
             raise InputError(f"Unknown output {output!r}: choose from {', '.join(OUTPUTS)}.")
         shape = self._latent_shape(height, width, latents)
         factor = self.settings.vae.downscale
-        halves = 1 if guidance_scale <= 1 else 2
+        halves = 1 if finite("guidance_scale", guidance_scale) <= 1 else 2
         single, shared = bool(people) and streams == "one", bool(people) and text_stream == "shared"
         layout = Layout(len(prompts), len(people), halves)
         if single or shared:
@@ -275,7 +275,7 @@ class InfiniteIDPipeline:
             identity=self._identity_tokens(people, halves),
             time_ids=conditioning.time_ids(shape[0] * factor, shape[1] * factor),
             controls=Controls(
-                np.float32(finite("guidance_scale", guidance_scale)),
+                np.float32(guidance_scale),
                 np.float32(finite("guidance_rescale", guidance_rescale)),
                 layer_scales(self._blocks, id_scale),
                 np.float32(finite("text_scale", text_scale)),

@@ -61,6 +61,10 @@ def check_options(args: argparse.Namespace) -> None:
         finite(_flag(name), getattr(args, name))
     if not isinstance(args.id_scale, dict):  # whose numbers are looked at where the model's blocks are known
         finite("--id-scale", args.id_scale)
+    for name in ("step_range", "layer_range"):
+        first, end = getattr(args, name)
+        if first < 0 or (end is not None and end < first):
+            raise InputError(f"{_flag(name)} {first}:{'' if end is None else end} is no range: give A:B, 0 <= A <= B.")
     for file, scale in args.lora:
         finite(f"The scale of --lora {file}", scale)
     if not 0 <= args.guidance_rescale <= 1:

@@ -267,13 +267,13 @@ def complete(case: Case) -> FaceFeatures:
 def test_features_in_any_precision_give_half_precision_identities(case, tiny):
     """All identities have the adapter's dtype: another would be another program."""
     unet = load_unet(tiny.model, read_settings(tiny.model))
-    half = with_adapter(load_adapter(case.file, unet, dtype="bfloat16"))
     exact = case.pipe.encode_identity(case.features)
-    for dtype in (np.float64, jnp.bfloat16):
+    for adapter_dtype, dtype in (("bfloat16", np.float64), ("bfloat16", jnp.bfloat16), ("float16", np.float32)):
+        half = with_adapter(load_adapter(case.file, unet, dtype=adapter_dtype))
         features = jax.tree.map(lambda x, dtype=dtype: np.asarray(x).astype(dtype), complete(case))
         person = half.encode_identity(features)
         for ours, expected in ((person.tokens, exact.tokens), (person.unconditional, exact.unconditional)):
-            assert ours.dtype == jnp.bfloat16
+            assert ours.dtype == adapter_dtype
             assert error(ours.astype(jnp.float32), torch.tensor(np.asarray(expected))) <= 0.05  # measured: 0.012
 
 
@@ -286,10 +286,9 @@ def test_features_that_are_not_finite_are_refused(case, value):
             case.pipe.encode_identity(dataclasses.replace(case.features, **{name: damaged}))
 
 
+@pytest.mark.parametrize("case", ["faceid_plusv2"], indirect=True)  # which has all that the others have
 def test_a_mesh_and_a_batch_of_people_change_nothing(case, tiny, noise):
     """Rows of several people in prompt-major order, on one device and on eight, with a LoRA on some rows."""
-    if case.family != "faceid_plusv2":  # which has all that the others have
-        return
     other = dataclasses.replace(complete(case), face_embedding=case.features.face_embedding[::-1])
     pair = (complete(case), other)
     options = {"latents": noise, "steps": 5, "style_merge": "adain_mean", "output": "latent"}
@@ -429,6 +428,7 @@ REFUSED = {
         {"id_encoder.visual_projection.weight": (2048, 1024), "lora_weights.x.to_q_lora.down.weight": (64, 640)},
         "looks like PhotoMaker",
     ),
+    "PuLID": ({"id_adapter.latents": (1, 16, 2048), "id_adapter_attn_layers.0.id_to_k.weight": (640, 2048)}, "PuLID"),
     "Kolors": (
         altered(image_proj__proj_in__weight=(2048, 1024), image_proj__latents=(1, 16, 2048)),
         "looks like Kolors' adapter",

@@ -166,7 +166,7 @@ def test_a_senseless_value_is_named_with_its_option(capsys, place, tmp_path, opt
     [
         (["--scheduler", "unipc"], "Unknown scheduler 'unipc': choose one of ddim, euler, dpm++"),
         (["--steps", "5000"], "5000 steps were asked for: choose 1 to 1000"),
-        (["--step-range", "5:2"], "step_range (5, 2) is no range"),
+        (["--step-range", "5:2"], "--step-range 5:2 is no range: give A:B"),
         (["--attention", "on"], "Unknown attention 'on': choose from mixed, mutual, off"),
         (["--mesh", "lots"], "The mesh 'lots' is not of the form data=1"),
         (["--mesh", "data=99"], "needs 99 devices"),

@@ -268,7 +268,7 @@ def modules(tmp_path, monkeypatch) -> None:
 
 
 # The others have an input as one of these, or as ours below.
-@pytest.mark.parametrize("family", ["ip_adapter", "ip_adapter_plus", "faceid_plusv2"])
+@pytest.mark.parametrize("family", ["ip_adapter", "ip_adapter_plus", "faceid_plus", "faceid_plusv2"])
 def test_the_code_in_a_card_of_a_published_family_runs(family, tiny, modules, tmp_path):
     """With this project's runtime and with diffusers' `load_ip_adapter`, whose projection gives what it should."""
     state = published.random_state(family, reference_torch.tiny_sdxl_unet())
@@ -295,7 +295,7 @@ def test_the_code_in_a_card_of_a_published_family_runs(family, tiny, modules, tm
     first = seen["face_embedding"] if needs.face_dim else pooled
     embeds = clip if family == "ip_adapter_plus" else torch.stack([torch.zeros_like(first), first])
     theirs = Diffusers(tiny.model, file, family == "faceid_plusv2")
-    expected = theirs.tokens(embeds, clip if family == "faceid_plusv2" else None)
+    expected = theirs.tokens(embeds, clip if family.startswith("faceid_plus") else None)
     torch.testing.assert_close(projection(names["pair"][:, 0]), expected, rtol=0, atol=0)
 
 
@@ -308,12 +308,14 @@ def test_the_code_in_our_cards_runs(tiny, unet, compiled, modules, tmp_path):
         names |= features
         exec(block.replace('"person.jpg"', "features"), names)
         assert names["person"].tokens.shape[-2:] == (258, 64)
-    save_adapter(adapter(unet, **STRUCTURES["faceid_sdxl"]), tmp_path / "ours")
-    assert run("--checkpoint", tmp_path / "ours", "--output", tmp_path / "face", "--format", "diffusers") == 0
-    names = {"SDXL": str(tiny.model), "FOLDER": str(tmp_path / "face")}
-    names |= {name: torch.from_numpy(value) for name, value in features.items()}
-    for block in code_blocks(tmp_path / "face"):
-        exec(block, dict(names))
+    for structure in ("faceid_sdxl", "full-face_sdxl"):  # of the face alone, and of CLIP alone
+        ours, out = tmp_path / f"ours {structure}", tmp_path / structure
+        save_adapter(adapter(unet, **STRUCTURES[structure]), ours)
+        assert run("--checkpoint", ours, "--output", out, "--format", "diffusers") == 0
+        names = {"SDXL": str(tiny.model), "FOLDER": str(out)}
+        names |= {name: torch.from_numpy(value) for name, value in features.items()}
+        for block in code_blocks(out):
+            exec(block, dict(names))
 
 
 @pytest.mark.parametrize("family", ["faceid", "ip_adapter_plus"])
@@ -467,6 +469,7 @@ def test_each_mistake_gets_one_sentence(tiny, tmp_path, capsys):
         (["--checkpoint", "owner/name", "--output", out], "only local files are exported"),
         (["--checkpoint", "/dev/null", "--output", out], "/dev/null is neither a file nor a folder"),
         (["--checkpoint", "x" * 300, "--output", out], "cannot be used (File name too long)"),
+        (["--checkpoint", tiny.adapter, "--output", tmp_path / ("x" * 300)], "--output has a name of 300 letters"),
         (["--checkpoint", tmp_path / "nope.pt", "--output", out], "is no PyTorch file"),
         (["--checkpoint", tmp_path / "lora.safetensors", "--output", out], "it looks like a LoRA"),
         (["--checkpoint", tmp_path / "lora.ckpt", "--output", out], "it looks like a LoRA"),

@@ -424,6 +424,10 @@ def test_adapters_of_something_else_are_refused(runtime, theirs, tiny, tmp_path)
     made = runtime.InfiniteIDPipeline(**theirs.components)
     faceid, plus = (published.random_state(family, theirs.unet) for family in ("faceid", "ip_adapter_plus"))
     key, norm = "ip_adapter.1.to_k_ip.weight", "clip_mapper.norm.weight"
+    kolors = plus | {
+        "image_proj.proj_in.weight": torch.zeros(2048, 1024),
+        "image_proj.latents": torch.zeros(1, 16, 2048),
+    }
     instant = plus | {"image_proj.proj_in.weight": torch.zeros(48, 512)}
     pulid = {"id_adapter.latents": torch.zeros(1, 5, 48)}
     narrow = {key: x[..., :48].contiguous() if "_ip." in key else x for key, x in state.items()}
@@ -433,6 +437,7 @@ def test_adapters_of_something_else_are_refused(runtime, theirs, tiny, tmp_path)
         ({key: x for key, x in state.items() if "mapper" not in key}, "no adapter of a known family: give IP-Adapter"),
         (pulid, "no adapter of a known family"),
         (instant, "is InstantID's adapter"),
+        (kolors, "is Kolors' adapter"),
         (state | {"ip_adapter.99.to_k_ip.weight": state[key]}, r"1 tensors of no use to this model \(ip_adapter.99"),
         (state | {"ip_adapter.0.to_k_ip.weight": state[key]}, r"no use to this model \(ip_adapter.0.to_k"),
         (state | {"extra": torch.zeros(1)}, r"no use to this model \(extra\)"),

@@ -98,6 +98,7 @@ def _checked(name: str, values: Any, form: tuple[str | int, ...]) -> np.ndarray:
 
 
 def unit(embedding: Array) -> Array:
-    """A face embedding of length 1; zeros stay zeros: they are nobody (METHOD row 11)."""
-    length = jnp.linalg.norm(embedding, axis=-1, keepdims=True)
-    return embedding / jnp.maximum(length, 1e-12)
+    """A face embedding of length 1, computed in fp32; zeros stay zeros: they are nobody (METHOD row 11)."""
+    wide = embedding.astype(jnp.float32)
+    length = jnp.linalg.norm(wide, axis=-1, keepdims=True)
+    return (wide / jnp.maximum(length, 1e-12)).astype(embedding.dtype)

@@ -7,7 +7,7 @@ from infinite_id_jax.stable_diffusion.config import BASES
 
 # (pattern of a key, what a file with such keys is), the first that matches wins.
 _SIGNS: tuple[tuple[str, str], ...] = (
-    (r"^(id_encoder|pulid_\w+)\.", "PhotoMaker or PuLID, which are not built"),
+    (r"^(id_encoder|id_adapter|id_adapter_attn_layers|pulid_\w+)\.", "PhotoMaker or PuLID, which are not built"),
     (r"lora_magnitude_vector|dora_scale", "a DoRA"),
     (r"^lora_(unet|te\d?|transformer)_|\.lora_[AB]\.|\.lora\.(down|up)\.", "a LoRA"),
     (r"^(first_stage_model|conditioner|cond_stage_model|model\.diffusion_model)\.", "a single-file checkpoint"),

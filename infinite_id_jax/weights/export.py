@@ -1,7 +1,6 @@
 """Our arrays into safetensors files in PyTorch's layout."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,15 +34,18 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     whole = {key: np.ascontiguousarray(array).reshape(array.shape) for key, array in tensors.items()}
     digest = state_digest(whole, whole.__getitem__)
     with replacing(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # as others may read it; safetensors would give it to its owner alone
         try:
             save_file(whole, beside, metadata={"format": "pt", FIELD: digest})
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from None
+        beside.chmod(mode)
         _settle(beside)
 
 
 def _settle(path: Path) -> None:
-    """Equal tensors give equal files that others may read: safetensors shuffles the metadata and writes mode 0600."""
+    """Equal tensors give equal files: safetensors writes the metadata in an order of chance."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -51,11 +53,3 @@ def _settle(path: Path) -> None:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         file.seek(8)
         file.write(text.ljust(size))
-    path.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    """What the process denies to new files: there is no way to read it but to set it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

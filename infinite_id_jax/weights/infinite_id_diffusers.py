@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -39,7 +38,7 @@ PUBLISHED = {  # by a key that a family alone has among those below it
     "image_proj.proj.weight": {f"{OWN}proj": POOLED},  # IP-Adapter
     "image_proj.proj.2.weight": {f"{OWN}proj.0": FACE},  # FaceID
 }
-WHOLE, NUMBER = int | np.integer, int | float | np.number
+WHOLE, NUMBER, FLOAT32_MAX = int | np.integer, int | float | np.number, 3.4e38
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCHEDULE |= {"timestep_spacing": "leading", "set_alpha_to_one": False}
 
@@ -147,15 +146,21 @@ def read_adapter(path: str | Path) -> Adapter:
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if metadata.get("infinite_id.sha256", digest.hexdigest()) != digest.hexdigest():
         raise ValueError(f"{path} is damaged (its checksum does not fit its contents): copy it again.")
-    instant_id = f"{OWN}latents" in adapter and adapter.needs[HIDDEN][-1] == 512  # a face where Plus sees CLIP
-    if instant_id or not adapter.needs:
-        kind = "InstantID's adapter, which needs its ControlNet" if instant_id else "no adapter of a known family"
-        raise ValueError(f"{path} is {kind}: give IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus, or a folder.")
+    latents = f"{OWN}latents"
+    plus = (adapter.needs[HIDDEN][-1], adapter[latents].shape[-1]) if latents in adapter else (0, 0)
+    for sign, kind in (
+        (plus[0] == 512, "InstantID's adapter, which needs its ControlNet"),  # it sees a face where Plus sees CLIP
+        (plus == (1024, 2048), "Kolors' adapter"),
+        (not adapter.needs, "no adapter of a known family"),
+    ):
+        if sign:
+            raise ValueError(f"{path} is {kind}: give IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus, or a folder.")
+    check_number(SHORTCUT, 0 if config[SHORTCUT] is None else config[SHORTCUT])
     return adapter
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, kind: Any = NUMBER) -> None:
-    if not isinstance(value, kind) or not math.isfinite(value) or value < least:
+    if not isinstance(value, kind) or not abs(value) < FLOAT32_MAX or value < least:
         what = "one finite number" if kind is NUMBER else f"one whole number of {least} or more"
         raise ValueError(f"{name} {value!r} cannot be used: give {what}.")
 
@@ -339,7 +344,7 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
             features = ({EMPTY: self._see(None)[HIDDEN]} if EMPTY in adapter.needs else {}) | features
         missing = [name for name in adapter.needs if features.get(name) is None]
         if missing:
-            clip = "" if missing == [FACE] else ", or a head_crop to a pipeline that was loaded with image_encoder=..."
+            clip = "" if missing == [FACE] else "; a head_crop gives CLIP's to a pipeline loaded with image_encoder=..."
             raise ValueError(f"This adapter also takes {' and '.join(missing)}: give it to encode_identity{clip}.")
         person = {}
         for name, shape in adapter.needs.items():
@@ -376,7 +381,7 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
         steps: int = 30,
         guidance_scale: float = 5.0,
         guidance_rescale: float = 0.0,
-        seed: int | torch.Generator | Sequence[int | torch.Generator] = 0,
+        seed: int | torch.Generator | list[Any] | tuple[Any, ...] | np.ndarray = 0,
         latents: Tensor | None = None,
         output: str = "pil",
         **switches: Any,

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
-from infinite_id_jax.errors import InputError, finite, shown
+from infinite_id_jax.errors import FLOAT32_MAX, InputError, finite, shown
 from infinite_id_jax.stable_diffusion.config import BASES, read_json
 from infinite_id_jax.stable_diffusion.low_rank import LowRank, innermost, lora_names
 from infinite_id_jax.typing import Array, Scalar
@@ -315,8 +315,8 @@ def _ratio(roles: Mapping[str, Tensor], settings: Mapping[str, Any], part: str, 
 
 
 def _number(alpha: Any) -> float:
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"its alpha is {alpha!r}")
+    if not isinstance(alpha, int | float) or not abs(alpha) < FLOAT32_MAX:
+        raise ValueError(f"its alpha is {shown(alpha)}")
     return float(alpha)
 
 

@@ -96,7 +96,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """One line that Markdown shows as it is."""
+    """One line without what Markdown takes for code, links, tables or tags."""
     return re.sub(r"([\\`*\[\]<>|~&])", r"\\\1", _line(text))
 
 
@@ -104,8 +104,8 @@ def _line(text: str) -> str:
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
-# How the files are used. SDXL, FOLDER and the features are names that the reader fills in; all of this Python is run in
-# tests/test_export.py.
+# How the files are used. SDXL, FOLDER and the features are names that the reader fills in; tests/test_export.py runs
+# this Python for every kind of input that an adapter has.
 
 
 def adapter_usage(form: str, config: EncoderConfig, published: str | None) -> str:
@@ -134,8 +134,8 @@ def base_usage(dtype: str, single_file: str | None) -> str:
         return f"`FOLDER` is this folder.\n\n{_python(_BASE.format(dtype=dtype))}"
     return (
         f"Put `{_line(single_file)}` into ComfyUI's `models/checkpoints`, or name it to sample.py as `--model`. "
-        "diffusers' `StableDiffusionXLPipeline.from_single_file` reads the original layout, which this is, too. It was "
-        "not run in ComfyUI."
+        "diffusers reads the file too, with `StableDiffusionXLPipeline.from_single_file`. The file was not tried in "
+        "ComfyUI."
     )
 
 

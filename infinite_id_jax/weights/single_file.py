@@ -67,7 +67,9 @@ def open_parts(path: Path, settings: Settings, stack: ExitStack) -> dict[str, Te
     _refuse_others(path, found, settings)
     expected = {place.key: place.stored_shape for part in places(settings).values() for place in part.values()}
     name = (
-        str(path) if settings.unet != SDXL.unet else f"{path} (taken for SDXL 1.0; another shape takes --model-config)"
+        str(path)
+        if settings.unet != SDXL.unet
+        else f"{path} (taken for SDXL 1.0; to sample another shape, name it with --model-config or config=)"
     )
     check_keys(expected, {key: tensor for key, tensor in found.items() if not _DROPPED.fullmatch(key)}, name)
     status, parts = path.stat(), {}
