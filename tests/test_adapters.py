@@ -18,6 +18,7 @@ from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.cross_attention import IdentityContext
+from infinite_id_jax.identity.features import unit
 from infinite_id_jax.identity.inject import IdentityAdapter, block_names, eject, inject
 from infinite_id_jax.identity.scales import layer_scales
 from infinite_id_jax.stable_diffusion.config import UNetConfig
@@ -268,13 +269,21 @@ def test_features_in_any_precision_give_half_precision_identities(case, tiny):
     """All identities have the adapter's dtype: another would be another program."""
     unet = load_unet(tiny.model, read_settings(tiny.model))
     exact = case.pipe.encode_identity(case.features)
-    for adapter_dtype, dtype in (("bfloat16", np.float64), ("bfloat16", jnp.bfloat16), ("float16", np.float32)):
-        half = with_adapter(load_adapter(case.file, unet, dtype=adapter_dtype))
+    half = with_adapter(load_adapter(case.file, unet, dtype="bfloat16"))
+    for dtype in (np.float64, jnp.bfloat16):
         features = jax.tree.map(lambda x, dtype=dtype: np.asarray(x).astype(dtype), complete(case))
         person = half.encode_identity(features)
         for ours, expected in ((person.tokens, exact.tokens), (person.unconditional, exact.unconditional)):
-            assert ours.dtype == adapter_dtype
+            assert ours.dtype == jnp.bfloat16
             assert error(ours.astype(jnp.float32), torch.tensor(np.asarray(expected))) <= 0.05  # measured: 0.012
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_nobody_has_an_embedding_of_zeros_in_any_precision(dtype):
+    embeddings = jnp.stack([jnp.zeros(512), jnp.full(512, 40.0)]).astype(dtype)  # of which 512 squares leave fp16
+    nobody, somebody = np.asarray(unit(embeddings), np.float32)
+    np.testing.assert_array_equal(nobody, 0)
+    np.testing.assert_allclose(somebody, 512**-0.5, rtol=4e-3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
