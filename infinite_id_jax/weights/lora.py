@@ -316,7 +316,7 @@ def _ratio(roles: Mapping[str, Tensor], settings: Mapping[str, Any], part: str, 
 
 def _number(alpha: Any) -> float:
     if not isinstance(alpha, int | float) or not abs(alpha) < FLOAT32_MAX:
-        raise ValueError(f"its alpha is {shown(alpha)}")
+        raise ValueError(f"its alpha is {shown(repr(alpha))}")
     return float(alpha)
 
 
