@@ -275,7 +275,7 @@ def test_features_in_any_precision_give_half_precision_identities(case, tiny):
         person = half.encode_identity(features)
         for ours, expected in ((person.tokens, exact.tokens), (person.unconditional, exact.unconditional)):
             assert ours.dtype == jnp.bfloat16
-            assert error(ours.astype(jnp.float32), torch.tensor(np.asarray(expected))) <= 0.05  # measured: 0.012
+            assert error(ours.astype(jnp.float32), torch.tensor(np.asarray(expected))) <= 0.05  # measured: 0.019 (Plus)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -306,7 +306,7 @@ def test_a_mesh_and_a_batch_of_people_change_nothing(case, tiny, noise):
     for pipe in (case.pipe, spread):
         both = pipe(PROMPTS, [pipe.encode_identity(x) for x in pair], **options)
         expected = np.stack(alone, axis=1).reshape(both.latents.shape)
-        # Measured: 2e-6 of the largest latent.
+        # Measured: 3.2e-6 of the largest latent on the mesh, nothing on one device.
         assert error(both.latents, torch.tensor(expected)) <= 2e-5
     assert np.abs(alone[0] - alone[1]).max() > 1e-2
 
