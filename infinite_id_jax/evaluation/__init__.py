@@ -1,0 +1,1 @@
+"""What pictures are worth: metrics with their intervals, and a report that shows them. Knows no model."""

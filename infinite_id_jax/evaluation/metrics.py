@@ -1,0 +1,354 @@
+"""Scores of pictures and what may be said of them: means with intervals over people, differences, verdicts.
+
+A score that could not be taken, such as that of a picture without a face, is nan.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from infinite_id_jax.errors import InputError
+
+# infinite_id_jax.typing brings jax, which a report of scores does not need.
+Column = Shaped[np.ndarray, "n"]
+Values = Float[np.ndarray, "n"]
+Rows = Float[np.ndarray, "n d"]
+Verdict = Literal["confirmed", "not confirmed", "contradicted"]
+
+_CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A figure and the ends of its 95% interval; nan where nothing was scored, or nothing to judge the spread by."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Pairs(NamedTuple):
+    """A value for each pair of pictures of one person, and whose it is: what `interval` takes."""
+
+    values: Float[np.ndarray, "p"]
+    identities: Shaped[np.ndarray, "p"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A table with a row for each picture: who drew it, of whom, from which prompt, and each metric's value.
+
+    Raises InputError for columns of different length.
+    """
+
+    method: Column
+    identity: Column
+    prompt: Column
+    values: Mapping[str, np.ndarray]  # [n] each, float, nan where not scored
+
+    def __post_init__(self) -> None:
+        columns = {"method": self.method, "identity": self.identity, "prompt": self.prompt, **self.values}
+        lengths = {name: np.shape(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1 or len(np.shape(self.method)) != 1:
+            listed = ", ".join(f"{name} {shape}" for name, shape in lengths.items())
+            raise InputError(f"The columns of the scores are no table ({listed}): give a value for each picture.")
+
+    def where(self, rows: Shaped[np.ndarray, "n"]) -> "Scores":
+        """The rows that a mask [n] or indices name."""
+        values = {name: column[rows] for name, column in self.values.items()}
+        return Scores(self.method[rows], self.identity[rows], self.prompt[rows], values)
+
+    def of(self, method: str) -> "Scores":
+        """One method's rows."""
+        return self.where(self.method == method)
+
+
+def cosine(a: Rows, b: Rows) -> Values:
+    """Cosine of each row of `a` with the same row of `b`; nan where either has no length."""
+    return np.einsum("nd,nd->n", _unit(a), _unit(b))
+
+
+def pairwise_cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:
+    """Cosine of every row of `a` with every row of `b`; nan where either has no length."""
+    return _unit(a) @ _unit(b).T
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, np.nan)
+
+
+# Intervals. People are drawn anew, not pictures: those of one person rise and fall together, and it is for people
+# not seen yet that a figure is to hold (Efron & Tibshirani 1993, the percentile bootstrap of clusters).
+
+
+def interval(values: Values, identities: Column, *, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean over the scored pictures, with the percentile bootstrap over people.
+
+    All pictures of a drawn person come along; people without a scored picture do not count. With fewer than two
+    people the ends are nan.
+    """
+    return _bootstrap([(values, identities)], resamples, seed)
+
+
+def difference(
+    values_a: Float[np.ndarray, "n"],
+    identities_a: Shaped[np.ndarray, "n"],
+    values_b: Float[np.ndarray, "m"],
+    identities_b: Shaped[np.ndarray, "m"],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `a` minus mean of `b` over the people whom both scored, each resample drawing the same people for both.
+
+    What makes one person harder than another falls out of the difference.
+    """
+    return _bootstrap([(values_a, identities_a), (values_b, identities_b)], resamples, seed)
+
+
+def _bootstrap(sides: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, seed: int) -> Estimate:
+    """The first side's mean, less the second's where there is one."""
+    scored = [(values[~np.isnan(values)], identities[~np.isnan(values)]) for values, identities in sides]
+    people = np.unique(scored[0][1])
+    for _, identities in scored[1:]:
+        people = np.intersect1d(people, identities)
+    if not len(people):
+        return Estimate(np.nan, np.nan, np.nan)
+    sums, counts = np.stack([_per_person(values, identities, people) for values, identities in scored], axis=1)
+    weights = np.concatenate([np.ones((1, len(people))), _draws(len(people), resamples, seed)])  # [1 + resamples, k]
+    means = (weights @ sums.T) / (weights @ counts.T)
+    statistics = means[:, 0] - means[:, 1] if len(sides) == 2 else means[:, 0]
+    return _estimate(statistics, len(people))
+
+
+def _per_person(values: np.ndarray, identities: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """Sums and counts [2, k] of the values of each of `people`, sorted, leaving out other people's."""
+    known = np.isin(identities, people)
+    codes = np.searchsorted(people, identities[known])
+    sums = np.bincount(codes, values[known].astype(np.float64), len(people))
+    return np.stack([sums, np.bincount(codes, minlength=len(people))])
+
+
+def _draws(people: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each person is drawn [resamples, people]: as many draws as people, with replacement."""
+    return np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), size=resamples).astype(float)
+
+
+def _estimate(statistics: np.ndarray, people: int) -> Estimate:
+    """Of a statistic [1 + resamples]: as observed, then resampled."""
+    if people < 2:
+        return Estimate(float(statistics[0]), np.nan, np.nan)
+    low, high = np.quantile(statistics[1:], [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return Estimate(float(statistics[0]), float(low), float(high))
+
+
+def verdict(estimate: Estimate, expected: Literal["greater", "less"], than: float = 0.0) -> Verdict:
+    """What an interval says of the claim that a figure is greater, or less, `than` a bound.
+
+    Confirmed where the whole interval lies on the claim's side, contradicted where it lies on the other, else not
+    confirmed. "A loss of 0.02 at most" is a difference greater than -0.02.
+    """
+    above, below = estimate.low > than, estimate.high < than
+    if expected == "less":
+        above, below = below, above
+    return "confirmed" if above else "contradicted" if below else "not confirmed"
+
+
+# Faces.
+
+
+class FaceScores(NamedTuple):
+    """A metric of faces, said in full: some pictures have none, which a mean over the others would hide."""
+
+    detection_rate: Estimate
+    mean_detected: Estimate
+    mean_no_face_zero: Estimate
+
+
+def face_scores(values: Values, identities: Column, *, resamples: int = 2000, seed: int = 0) -> FaceScores:
+    """Share of pictures with a face, mean over these, and mean over all where no face (nan) counts 0."""
+    found = ~np.isnan(values)
+    columns = [found.astype(np.float64), values, np.where(found, values, 0)]
+    return FaceScores(*(interval(column, identities, resamples=resamples, seed=seed) for column in columns))
+
+
+def genuine_and_impostor(embeddings: Rows, identities: Column) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of all pairs of pictures of one person, and of two: what an identity score stands beside."""
+    first, second = np.triu_indices(len(identities), k=1)
+    cosines = pairwise_cosine(embeddings, embeddings)[first, second]
+    same = identities[first] == identities[second]
+    return cosines[same], cosines[~same]
+
+
+def impostor_bar(impostors: Float[np.ndarray, "p"], percent: float = 95.0) -> float:
+    """The similarity that `percent` of the pairs of two different people stay below."""
+    return float(np.nanpercentile(impostors, percent))
+
+
+def half_way(chance: float, judge: float) -> float:
+    """The accuracy half-way between guessing and what the judge reaches on real pictures: an attribute's bar."""
+    return (chance + judge) / 2
+
+
+def identity_fidelity(
+    scores: Scores, metrics: Sequence[str], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Estimate]:
+    """Each method's mean over `metrics` of its z-score among the methods (Infinite-ID Sec. A, the axis of Fig. 9).
+
+    The scale is that of the observed means (standard deviation over the methods, not over samples of them); the
+    interval resamples people, the same for all metrics. Raises InputError for a method without a score.
+    """
+    methods, people = np.unique(scores.method), np.unique(scores.identity)
+    weights = np.concatenate([np.ones((1, len(people))), _draws(len(people), resamples, seed)])
+    axis = np.zeros((len(weights), len(methods)))
+    for metric in metrics:
+        column = scores.values[metric]
+        scored = scores.where(~np.isnan(column))
+        missing = set(methods) - set(scored.method)
+        if missing:
+            raise InputError(f"{min(missing)} has no score in {metric}: leave the method out of the comparison.")
+        totals = [_per_person(s.values[metric], s.identity, people) for s in map(scored.of, methods)]
+        sums, counts = np.stack(totals, axis=1)  # [methods, k] each
+        with np.errstate(invalid="ignore"):  # a resample without any scored person of a method is nan
+            means = (weights @ sums.T) / (weights @ counts.T)
+        spread = means[0].std()
+        axis += (means - means[0].mean()) / (spread if spread > 0 else 1) / len(metrics)
+    whole = axis[~np.isnan(axis).any(axis=1)]
+    return {str(name): _estimate(whole[:, i], len(people)) for i, name in enumerate(methods)}
+
+
+def monotone_share(
+    similarities: Float[np.ndarray, "n k"], identities: Column, *, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Share of neighbouring steps of an interpolation at which a similarity rises, of `n` rows of `k` steps each.
+
+    For the similarity to whom one leaves, give its negative. Chance is 0.5.
+    """
+    steps = np.diff(similarities, axis=1)
+    rises = np.where(np.isnan(steps), np.nan, steps > 0)
+    return interval(rises.ravel(), np.repeat(identities, rises.shape[1]), resamples=resamples, seed=seed)
+
+
+# Variety and quality.
+
+
+def diversity(features: Rows, identities: Column) -> Pairs:
+    """Squared distance of the features of each pair of pictures of one person.
+
+    Over LPIPS's scaled and flattened features this is LPIPS; over unit vectors it is 2 (1 - cosine).
+    """
+    first, second = _pairs_within(identities)
+    gram = features.astype(np.float64) @ features.astype(np.float64).T  # the pairs themselves would fill the memory
+    lengths = gram.diagonal()
+    return Pairs(np.maximum(lengths[first] + lengths[second] - 2 * gram[first, second], 0), identities[first])
+
+
+def trusted_diversity(
+    features: Float[np.ndarray, "n d"], embeddings: Float[np.ndarray, "n e"], identities: Column
+) -> Pairs:
+    """`diversity` times the cosine of the pair's face embeddings (StableIdentity Sec. 4.1, Table 1).
+
+    Pictures that differ because they show different people earn nothing. (The paper pairs each generated picture
+    with a real one of its person; here each is paired with the others drawn of that person.)
+    """
+    first, second = _pairs_within(identities)
+    values, names = diversity(features, identities)
+    return Pairs(values * cosine(embeddings[first], embeddings[second]), names)
+
+
+def _pairs_within(identities: np.ndarray) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]:
+    first, second = np.triu_indices(len(identities), k=1)
+    same = identities[first] == identities[second]
+    return first[same], second[same]
+
+
+def kid(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], *, subset: int = 2000, subsets: int = 50, seed: int = 0
+) -> float:
+    """Kernel distance of two sets of features: unbiased, so that it can fall below 0 (Binkowski et al. 2018, Eq. 4).
+
+    The squared maximum mean discrepancy under the kernel (x.y / d + 1)^3. Sets larger than `subset` are compared by
+    the mean over `subsets` random parts of that size. The figure depends on the features: name them with it. Under
+    2,000 pictures it comes before the Frechet distance, whose bias grows as the sets shrink. Raises InputError for
+    fewer than two rows.
+    """
+    _need_two(a, b)
+    if max(len(a), len(b)) <= subset:
+        return _kid(a, b)
+    rng = np.random.default_rng(seed)
+    parts = [[x[rng.permutation(len(x))[:subset]] for x in (a, b)] for _ in range(subsets)]
+    return float(np.mean([_kid(*part) for part in parts]))
+
+
+def kid_interval(
+    a: Float[np.ndarray, "n d"],
+    identities_a: Shaped[np.ndarray, "n"],
+    b: Float[np.ndarray, "m d"],
+    identities_b: Shaped[np.ndarray, "m"],
+) -> Estimate:
+    """`kid` of two whole sets with the jackknife over people: each is left out of both sets in turn.
+
+    A bootstrap would count a person drawn twice as two who look alike. Near 0 the interval is wider than need be.
+    Raises InputError where a set has fewer than two rows without one of the people.
+    """
+    people = np.unique(np.concatenate([identities_a, identities_b]))
+    in_a, in_b = ((identities[:, None] == people).astype(np.float64) for identities in (identities_a, identities_b))
+    left_a, left_b = (len(rows) - rows.sum(axis=0) for rows in (in_a, in_b))  # [k]
+    if min(left_a.min(), left_b.min()) < 2:
+        raise InputError("Without one of the people a set has fewer than two pictures: give pictures of more people.")
+
+    def sums(gram: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Of the kernel without each person [k]."""
+        blocks = rows.T @ gram @ columns  # [k, k]
+        return gram.sum() - blocks.sum(axis=0) - blocks.sum(axis=1) + blocks.diagonal()
+
+    def within(x: np.ndarray, rows: np.ndarray, left: np.ndarray) -> np.ndarray:
+        gram = _kernel(x, x)
+        np.fill_diagonal(gram, 0)
+        return sums(gram, rows, rows) / (left * (left - 1))
+
+    across = sums(_kernel(a, b), in_a, in_b) / (left_a * left_b)
+    left_out = within(a, in_a, left_a) + within(b, in_b, left_b) - 2 * across
+    reach = 1.96 * np.sqrt((len(people) - 1) * left_out.var())
+    value = _kid(a, b)
+    return Estimate(value, float(value - reach), float(value + reach))
+
+
+def _kid(a: np.ndarray, b: np.ndarray) -> float:
+    def within(x: np.ndarray) -> float:
+        gram = _kernel(x, x)
+        return (gram.sum() - gram.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * _kernel(a, b).mean())
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a.astype(np.float64) @ b.astype(np.float64).T / a.shape[1] + 1) ** 3
+
+
+def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
+    """Frechet distance of the normal distributions fitted to two sets of features (Heusel et al. 2017, Eq. 6).
+
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It is FID only over Inception's pool3 features: name
+    those that were used. Raises InputError for fewer than two rows.
+    """
+    _need_two(a, b)
+    means, roots = zip(*(_moments(x.astype(np.float64)) for x in (a, b)), strict=True)
+    # With C = R^T R, the trace of (C_a C_b)^(1/2) is the sum of the singular values of R_a R_b^T: no square root of
+    # a product that rounding has made indefinite.
+    shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return float(np.square(means[0] - means[1]).sum() + sum(np.square(r).sum() for r in roots) - 2 * shared)
+
+
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and a root R [min(n, d), d] of the unbiased covariance R^T R."""
+    mean = x.mean(axis=0)
+    return mean, np.linalg.qr(x - mean, mode="r") / np.sqrt(len(x) - 1)
+
+
+def _need_two(a: np.ndarray, b: np.ndarray) -> None:
+    if min(len(a), len(b)) < 2:
+        raise InputError(f"Sets of {len(a)} and {len(b)} pictures have no distance: give two pictures or more to each.")
