@@ -100,6 +100,55 @@ MEDIA: dict[str, tuple[str, ...]] = {
     "watercolour": ("a {} watercolour of", "a {} watercolour painting of", "a {} painting in watercolours of"),
     "neon": ("a {} neon sign of", "a {} neon drawing of", "a {} glowing neon picture of"),
 }
+# What a caption may say of who is in the picture; {} is the hair's colour, or nothing.
+LOOKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "hair": {
+        "bald": ("no hair", "a bald head"),
+        "short": ("short {} hair", "cropped {} hair"),
+        "flat top": ("a {} flat top", "a {} box cut"),
+        "mohawk": ("a {} mohawk",),
+        "spiked": ("spiked {} hair", "{} spikes"),
+        "afro": ("a {} afro",),
+        "bob": ("a {} bob", "a {} bob cut"),
+        "dreadlocks": ("{} dreadlocks",),
+        "wild": ("wild {} hair", "tousled {} hair"),
+        "half shaved": ("half shaved {} hair",),
+        "shaggy": ("shaggy {} hair",),
+        "swept": ("swept {} hair", "{} hair combed aside"),
+        "mullet": ("a {} mullet",),
+        "frizzy": ("frizzy {} hair",),
+        "long straight": ("long straight {} hair",),
+        "long braids": ("long {} braids",),
+        "long wavy": ("long wavy {} hair",),
+        "tied locks": ("tied {} locks", "a bun of {} locks"),
+    },
+    "facial_hair": {
+        "none": (),
+        "moustache": ("a moustache",),
+        "goatee": ("a goatee",),
+        "short beard": ("a short beard", "a trimmed beard"),
+        "long beard": ("a long beard", "a full beard"),
+    },
+    "skin": {
+        "pale": ("pale skin", "fair skin"),
+        "light": ("light skin", "sand skin"),
+        "tan": ("tan skin", "tanned skin"),
+        "brown": ("brown skin",),
+        "dark": ("dark skin", "very dark skin"),
+    },
+    "brows": {
+        "none": (),
+        "arched": ("arched brows", "thin brows"),
+        "thick": ("thick brows", "bushy brows"),
+        "joined": ("joined brows", "a monobrow"),
+    },
+    "glasses": {
+        "none": (),
+        "round": ("round glasses",),
+        "square": ("square glasses",),
+        "white": ("white glasses",),
+    },
+}
 _SUBJECTS = ("a person", "someone", "a character")
 _WEARING = ("in", "wearing", "dressed in")
 
@@ -153,6 +202,27 @@ def caption(prompt_attributes: Scene | Mapping[str, str | None], style: str, see
     view = pick(WORDS["view"][scene.view]) if scene.view else ""
     words = f"{pick(MEDIA[style]).replace('{}', view)} {pick(_SUBJECTS)} {', '.join(phrases)}"
     return " ".join(words.split())
+
+
+def with_looks(text: str, person: Mapping[str, str], seed: int) -> str:
+    """A caption that says more: after who is in it, a random part of how that person looks, such as "a pink mohawk".
+
+    `person` has what shows of the keys of LOOKS and of hair_colour.
+    """
+    rng = generator("looks", seed)
+    share, phrases = rng.random(), []
+    for name, words in LOOKS.items():
+        choices = words[person[name]] if name in person else ()
+        place, said = rng.random(2)
+        if choices and said < share:
+            colour = person.get("hair_colour", "")
+            phrase = " ".join(choices[int(place * len(choices))].replace("{}", colour).split())
+            phrases.append(re.sub(r"^a (?=[aeiou])", "an ", phrase))
+    subject = re.search("|".join(_SUBJECTS), text)
+    if not phrases or subject is None:
+        return text
+    listed = " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+    return f"{text[: subject.end()]} with {listed}{text[subject.end() :]}"
 
 
 def _clothes(scene: Scene, pick: Callable[[tuple[str, ...]], str]) -> str:

@@ -5,16 +5,18 @@ import functools
 import io
 import re
 from importlib import resources
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from infinite_id_jax.errors import MissingExtraError
 
 VIEW_BOX = (22, 44, 222, 222)  # of the library's 264 x 280: head and shoulders
 _PIVOT = (133, 266)  # the middle of the lower edge, so that shoulders reach it at every scale
+_FACE = np.array([[106.0, 112.0], [158.0, 112.0], [132.0, 134.0], [110.0, 153.0], [154.0, 153.0]])  # eyes, nose, mouth
 
 _Number = int | float  # the check of types at run time takes no int for a float
 
@@ -67,6 +69,15 @@ _DRAWN = {
     "nose/wide": _WIDE_NOSE,
     "nose/small": _SMALL_NOSE,
 }
+
+
+class Pose(NamedTuple):
+    """How a person stands in the picture: turned clockwise, and shifted by hundredths of a side."""
+
+    scale: float
+    degrees: float
+    right: float
+    down: float
 
 
 @functools.cache
@@ -126,15 +137,12 @@ def figure(
     colours: dict[str, str],
     *,
     headphones: bool,
-    scale: float,
-    degrees: float,
-    shift: tuple[float, float],
+    pose: Pose,
 ) -> str:
     """The SVG of a person on nothing.
 
     `parts`: paths in the library, without `.svg`, for `top`, `facial_hair`, `accessory`, `brows`, `eyes`, `nose`,
     `mouth`, `clothes`; None for nothing. `colours`: hexadecimal ones for `skin`, `hair`, `fabric`, `stripe`, `hat`.
-    `shift`: to the right and down, in hundredths of a side.
     """
     inside = {name: _part(path) if path else "" for name, path in parts.items()}
     top = (  # hair hangs over a beard, and glasses sit on hair: the library's order differs from one hair to another
@@ -154,10 +162,27 @@ def figure(
     )
     body = _fill(body, Skin_Color=colours["skin"], Hair_Color=colours["hair"], Facial_Hair_Color=colours["hair"])
     left, upper, width, _ = VIEW_BOX
-    x, y = _PIVOT[0] + shift[0] * width / 100, _PIVOT[1] + shift[1] * width / 100
-    move = f"translate({x:.3f} {y:.3f}) rotate({degrees:.3f}) scale({scale:.4f}) translate({-_PIVOT[0]} {-_PIVOT[1]})"
+    x, y = _moved(pose)
+    move = (
+        f"translate({x:.3f} {y:.3f}) rotate({pose.degrees:.3f}) scale({pose.scale:.4f}) "
+        f"translate({-_PIVOT[0]} {-_PIVOT[1]})"
+    )
     box = f"{left} {upper} {width} {width}"
     return f'<svg {_NAMESPACES} viewBox="{box}" width="{width}" height="{width}"><g transform="{move}">{body}</g></svg>'
+
+
+def keypoints(pose: Pose, size: int) -> Float[np.ndarray, "5 2"]:
+    """(x, y) of eyes, nose and corners of the mouth in the picture that `figure` gives, pixel centres at integers."""
+    left, upper, width, _ = VIEW_BOX
+    turn = pose.scale * np.exp(1j * np.radians(pose.degrees))
+    z = complex(*_moved(pose)) + turn * ((_FACE - _PIVOT) @ [1, 1j])
+    return (np.stack([z.real - left, z.imag - upper], axis=-1) * (size / width) - 0.5).astype(np.float32)
+
+
+def _moved(pose: Pose) -> tuple[float, float]:
+    """Where the pivot comes to lie."""
+    width = VIEW_BOX[2]
+    return _PIVOT[0] + pose.right * width / 100, _PIVOT[1] + pose.down * width / 100
 
 
 def _at(x: int, y: int, part: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from data_pipeline import avatar_svg
 from data_pipeline.avatar_captions import WORDS, Scene, caption, check_choice, generator, scene_of
@@ -245,7 +245,6 @@ def _figure(person: Person, said: dict[str, str], rng: np.random.Generator) -> s
     own_glasses = said["accessory"] in ("none", "headphones")
     glasses = GLASSES[person.glasses] if own_glasses else ACCESSORY[said["accessory"]]
     beard, brows = FACIAL_HAIR[person.facial_hair], BROWS[person.brows]
-    scale, down = VIEW[said["view"]]
     return avatar_svg.figure(
         {
             "top": f"top/hat/{hat}" if hat else f"top/hair/{HAIR[person.hair]}",
@@ -265,10 +264,23 @@ def _figure(person: Person, said: dict[str, str], rng: np.random.Generator) -> s
             "hat": hat_colour,
         },
         headphones=said["accessory"] == "headphones",
-        scale=scale * rng.uniform(0.97, 1.03),
-        degrees=rng.uniform(-4, 4),
-        shift=(rng.uniform(-4, 4), down + rng.uniform(-1, 2)),
+        pose=_pose(said["view"], rng),
     )
+
+
+def _pose(view: str, rng: np.random.Generator) -> avatar_svg.Pose:
+    scale, down = VIEW[view]
+    scale, degrees = scale * rng.uniform(0.97, 1.03), rng.uniform(-4, 4)
+    return avatar_svg.Pose(scale, degrees, rng.uniform(-4, 4), down + rng.uniform(-1, 2))
+
+
+def keypoints(prompt_attributes: Scene | Mapping[str, str | None], size: int, seed: int) -> Float[np.ndarray, "5 2"]:
+    """(x, y) of left eye, right eye, nose and the mouth's corners in what `render` draws, left as seen in the picture.
+
+    Pixel centres lie at integers, as in faces.protocol.Keypoints.
+    """
+    pose = _pose(complete(prompt_attributes, seed).view or "", generator("picture", seed))
+    return avatar_svg.keypoints(pose, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def byte_symbols() -> dict[int, str]:
 
 
 def learn_merges(words: Sequence[str], count: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016, algorithm 1); ties go to the alphabetically first pair."""
+    """Byte-pair encoding (Sennrich et al. 2016, algorithm 1), until all words are whole; ties by alphabet."""
     spellings = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     weights = {word: len(words) - place for place, word in enumerate(words)}
     merges: list[tuple[str, str]] = []
@@ -50,6 +50,8 @@ def learn_merges(words: Sequence[str], count: int) -> list[tuple[str, str]]:
         for word, symbols in spellings.items():
             for pair in pairwise(symbols):
                 pairs[pair] += weights[word]
+        if not pairs:
+            break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         spellings = {word: merge(symbols, best) for word, symbols in spellings.items()}
@@ -67,12 +69,22 @@ def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def write_tokenizer(folder: str | Path, pad_token: str = EOS) -> None:
-    """Write vocab.json, merges.txt and the two settings files; SDXL's second tokenizer has `pad_token="!"`."""
+def write_tokenizer(
+    folder: str | Path,
+    pad_token: str = EOS,
+    *,
+    words: Sequence[str] = tuple(WORD_LIST.split()),
+    count: int = MERGES,
+    max_length: int = 77,
+) -> None:
+    """Write vocab.json, merges.txt and the two settings files; SDXL's second tokenizer has `pad_token="!"`.
+
+    `words`, the most frequent first, teach the `count` merges; prompts are cut to `max_length` tokens.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     symbols = list(byte_symbols().values())
-    merges = learn_merges(WORD_LIST.split(), MERGES)
+    merges = learn_merges(words, count)
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -80,5 +92,5 @@ def write_tokenizer(folder: str | Path, pad_token: str = EOS) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     specials = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad_token}
     (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2))
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **specials}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **specials}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
