@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from infinite_id_jax.command_line import INTERRUPTED, exit_code
 from infinite_id_jax.errors import InputError, NoFaceError
-from infinite_id_jax.request import check_options, find_model, image_encoder_folder, read_prompts, report_cut_words
+from infinite_id_jax.request import (
+    check_options,
+    fill_in,
+    find_model,
+    image_encoder_folder,
+    read_prompts,
+    report_cut_words,
+)
 
 if TYPE_CHECKING:
     from infinite_id_jax import Identity, InfiniteIDPipeline
@@ -36,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check all that can be checked, then load, encode, denoise and save."""
+    fill_in(args)
     prompts = read_prompts(args)
     check_options(args)
     faces = find_faces(args)
@@ -67,13 +75,13 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
     p.add_argument("--output-dir", required=True, metavar="DIR", help="for the PNGs, grid.png and manifest.json")
     p.add_argument(
-        "--model", required=True, metavar="PATH|HUB_ID", help="SDXL folder or single file, or owner/name[@revision]"
+        "--model", required=True, metavar="PATH|HUB_ID", help="SDXL folder or file, owner/name[@revision], or miniature"
     )
     p.add_argument("--model-config", metavar="DIR", help="configurations of a single file that are not SDXL 1.0's")
     p.add_argument(
         "--lora", action="append", type=_lora, default=[], metavar="FILE[=SCALE]", help="LoRA for the model; repeatable"
     )
-    p.add_argument("--adapter", required=True, metavar="PATH", help="adapter folder, or a published file")
+    p.add_argument("--adapter", metavar="PATH", help="adapter folder, or a published file (the miniature has its own)")
     p.add_argument("--image-encoder", metavar="PATH", help="CLIP image encoder (default: image_encoder/ of the model)")
     p.add_argument("--negative-prompt", help='what not to draw (default: zero embeddings; "" is encoded)')
     p.add_argument("--num-images", type=int, default=1, metavar="N", help="per prompt, with seeds SEED, SEED+1, ...")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infinite_id_jax.errors import InputError
+from infinite_id_jax.evaluation.study import StudyConfig
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.stable_diffusion.config import UNetConfig
 from infinite_id_jax.training.objective import MethodConfig
@@ -93,6 +94,27 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
 
     Raises InputError for a file without one, an unknown key or a value of another type.
     """
+    config = getattr(load_module(path), "config", None)
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"The configuration {path} must define `config`, a configs.base.TrainConfig.")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting} is not of the form key=value, as in optimizer.learning_rate=1e-5.")
+        config = _replace(config, key.split("."), value, key)
+    return config
+
+
+def load_study(path: Path) -> StudyConfig:
+    """The `study` of a configuration file. Raises InputError for a file without one."""
+    study = getattr(load_module(path), "study", None)
+    if not isinstance(study, StudyConfig):
+        raise InputError(f"The configuration {path} defines no `study`: evaluate configs/miniature.py, or write one.")
+    return study
+
+
+def load_module(path: Path) -> types.ModuleType:
+    """What a configuration file defines. Raises InputError where it is missing or fails."""
     if not path.is_file():
         raise InputError(f"The configuration {path} does not exist: give a file such as configs/infinite_id_sdxl.py.")
     spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
@@ -105,15 +127,7 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
         raise
     except Exception as error:
         raise InputError(f"The configuration {path} fails: {type(error).__name__}: {error}") from None
-    config = getattr(module, "config", None)
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"The configuration {path} must define `config`, a configs.base.TrainConfig.")
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting} is not of the form key=value, as in optimizer.learning_rate=1e-5.")
-        config = _replace(config, key.split("."), value, key)
-    return config
+    return module
 
 
 def _replace(node: Any, parts: list[str], value: str, key: str) -> Any:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.clip_vision import VisionOutput
+from infinite_id_jax.stable_diffusion.config import UNetConfig
 from infinite_id_jax.typing import Array, Float, Int, UInt
 
 MAX_SEED = 2**32 - 1
@@ -42,6 +43,25 @@ def initial_noise(
     if not all(0 <= s <= MAX_SEED for s in seeds):
         raise InputError(f"Seeds lie between 0 and {MAX_SEED}: choose another than {seed}.")
     return seeded_noise(np.asarray(seeds, np.uint32), shape)
+
+
+def latent_shape(
+    height: int | None, width: int | None, latents: np.ndarray | Array | None, unet: UNetConfig, factor: int
+) -> tuple[int, int, int]:
+    """[h, w, c] of a picture of height x width pixels; without them of the given latents, or the model's own size.
+
+    Raises InputError for pixels that are no multiple of `factor`, those of a latent.
+    """
+    if latents is not None and np.ndim(latents) == 4:
+        default = (np.shape(latents)[1] * factor, np.shape(latents)[2] * factor)
+    else:
+        default = (unet.sample_size * factor,) * 2
+    size = {"height": default[0] if height is None else height, "width": default[1] if width is None else width}
+    for name, pixels in size.items():
+        if pixels < factor or pixels % factor:
+            nearest = max(factor, round(pixels / factor) * factor)
+            raise InputError(f"The {name} {pixels} is not a multiple of {factor}: take {nearest}.")
+    return size["height"] // factor, size["width"] // factor, unet.in_channels
 
 
 def time_ids(height: int, width: int) -> Float[np.ndarray, "6"]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -73,6 +74,12 @@ def watermark(image: Image.Image) -> Image.Image:
     # photos of 512 px detectors then read 16 to 48 of the 48 bits rather than 39 to 48 (chance gives 24).
     bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
     return Image.fromarray(np.ascontiguousarray(encoder.encode(bgr, "dwtDct")[..., ::-1]))
+
+
+def shrunk(photo: UInt8[np.ndarray, "H W 3"], by: int) -> UInt8[np.ndarray, "h w 3"]:
+    """A photo of a `by`-th of its sides, as if taken from further away."""
+    height, width = (max(1, side // by) for side in photo.shape[:2])
+    return np.asarray(Image.fromarray(photo).resize((width, height), Image.Resampling.BOX))
 
 
 def thumbnail(path: Path, *, size: int = GRID_CELL) -> Image.Image:

@@ -34,7 +34,14 @@ from infinite_id_jax.stable_diffusion.tokenizer import unseen_words
 from infinite_id_jax.typing import Array, Float
 from infinite_id_jax.weights import lora as lora_files
 from infinite_id_jax.weights.adapter import check_adapter, load_adapter, save_adapter
-from infinite_id_jax.weights.folder import StableDiffusionXL, describe_base, load_base, load_image_encoder, resolve
+from infinite_id_jax.weights.folder import (
+    MINIATURE,
+    StableDiffusionXL,
+    describe_base,
+    load_base,
+    load_image_encoder,
+    resolve,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = ("pil", "numpy", "latent")
@@ -101,6 +108,7 @@ class InfiniteIDPipeline:
     ) -> "InfiniteIDPipeline":
         """Load an SDXL folder (diffusers' layout), single file (CompVis' layout) or hub id, and an adapter.
 
+        "miniature" is the small model that comes with the package: 128 pixels, drawn people, an adapter of its own.
         adapter: a folder of ours, or a published IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus file, which is
         known by its keys; without one, text-to-image only.
         mesh: "data=1,fsdp=1,tensor=1", a mapping, a Mesh, or None for one device. image_encoder: the folder of the
@@ -117,6 +125,8 @@ class InfiniteIDPipeline:
         sharding = None if device_mesh is None else parameter_sharding(device_mesh)
         model = resolve(base if isinstance(base, str) else Path(base))
         settings = None if config is None else Path(config)
+        if model == MINIATURE:
+            adapter, faces = adapter or MINIATURE / "adapter", "miniature" if faces == "auto" else faces
         described = describe_base(model, settings)  # what does not fit is known before anything large is read
         if adapter is not None:
             check_adapter(Path(adapter), described.unet)
@@ -249,8 +259,8 @@ class InfiniteIDPipeline:
         )
         if output not in OUTPUTS:
             raise InputError(f"Unknown output {output!r}: choose from {', '.join(OUTPUTS)}.")
-        shape = self._latent_shape(height, width, latents)
         factor = self.settings.vae.downscale
+        shape = conditioning.latent_shape(height, width, latents, self.settings.unet, factor)
         halves = 1 if finite("guidance_scale", guidance_scale) <= 1 else 2
         single, shared = bool(people) and streams == "one", bool(people) and text_stream == "shared"
         layout = Layout(len(prompts), len(people), halves)
@@ -339,21 +349,6 @@ class InfiniteIDPipeline:
             encoder.stack([getattr(person, name) for person in people]) for name in ("unconditional", "tokens")
         )
         return jnp.stack([nobody, tokens][-halves:]).astype(self._adapter_dtype)
-
-    def _latent_shape(
-        self, height: int | None, width: int | None, latents: np.ndarray | Array | None
-    ) -> tuple[int, int, int]:
-        unet, factor = self.settings.unet, self.settings.vae.downscale
-        if latents is not None and np.ndim(latents) == 4:
-            default = (np.shape(latents)[1] * factor, np.shape(latents)[2] * factor)
-        else:
-            default = (unet.sample_size * factor,) * 2
-        size = {"height": default[0] if height is None else height, "width": default[1] if width is None else width}
-        for name, pixels in size.items():
-            if pixels < factor or pixels % factor:
-                nearest = max(factor, round(pixels / factor) * factor)
-                raise InputError(f"The {name} {pixels} is not a multiple of {factor}: take {nearest}.")
-        return size["height"] // factor, size["width"] // factor, unet.in_channels
 
     def _encode_prompts(self, prompts: list[str], negative: str | Sequence[str] | None, halves: int) -> TextCondition:
         cond = self._encode_text(prompts)

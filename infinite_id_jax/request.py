@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 MAX_SIDE = 8192  # far beyond SDXL's training; sizes that overflow XLA's counters end the process without a word
 
 
+def fill_in(args: argparse.Namespace) -> None:
+    """The adapter and the face backend of the model that comes with the package. Raises InputError if none is named."""
+    if args.model == "miniature":
+        args.adapter = args.adapter or str(Path(__file__).parent / "miniature" / "adapter")
+        args.faces = "miniature" if args.faces == "auto" else args.faces
+    if args.adapter is None:
+        raise InputError("--adapter is missing: name an adapter's folder, or a published adapter's file.")
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """Raises InputError for an empty prompt, or a file that is missing, empty or no text."""
     if args.prompts_file is None:

@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["infinite_id_jax", "data_pipeline"], "beartype.beartype")
+install_import_hook(["infinite_id_jax", "data_pipeline", "miniature"], "beartype.beartype")
 
 import jax
 import numpy as np

@@ -1,18 +1,20 @@
 """Which face backend to use: by name, or the best one that is installed."""
 
 import importlib.util
+from pathlib import Path
 
 from infinite_id_jax.errors import InputError, MissingExtraError
 from infinite_id_jax.faces.arcface import PACKS, ArcFace, fetch_pack, find_pack, import_insightface
 from infinite_id_jax.faces.mtcnn_dlib import MTCNNDlib
 from infinite_id_jax.faces.protocol import FaceBackend
 
-NAMES = ("auto", "offline", "insightface", *(f"insightface/{pack}" for pack in PACKS), "mtcnn_dlib")
+NAMES = ("auto", "offline", "insightface", *(f"insightface/{pack}" for pack in PACKS), "mtcnn_dlib", "miniature")
 
 
 def get_backend(name: str = "auto", *, download: bool = False) -> FaceBackend:
     """Loads a face backend: `offline` (or `mtcnn_dlib`, which it is), `insightface`, `insightface/<pack>`, or `auto`.
 
+    `miniature` knows the people of the model of that name, and no others.
     `auto` is insightface where the package and a pack of it are installed, else `offline`; `insightface`
     is the first installed pack. `download` lets insightface fetch a missing pack (licensed for
     non-commercial research only). Raises MissingExtraError when the packages are absent, InputError for
@@ -22,6 +24,10 @@ def get_backend(name: str = "auto", *, download: bool = False) -> FaceBackend:
         raise InputError(f"There is no face backend `{name}`: choose one of {', '.join(NAMES)}.")
     if name == "auto":
         return _automatic(download)
+    if name == "miniature":
+        from infinite_id_jax.faces.miniature import MiniatureFaces  # runs on JAX, which takes seconds to import
+
+        return MiniatureFaces(Path(__file__).parent.parent / "miniature" / "faces")
     if name in ("offline", "mtcnn_dlib"):
         return MTCNNDlib()
     return _insightface(PACKS if name == "insightface" else (name.removeprefix("insightface/"),), download)

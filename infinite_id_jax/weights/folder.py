@@ -20,6 +20,9 @@ from infinite_id_jax.weights.settings import SDXL, Settings, settings_of_folder
 from infinite_id_jax.weights.single_file import check_single_file, marked_schedule, open_parts
 
 M = TypeVar("M", bound=nnx.Module)
+MINIATURE = Path(__file__).parent.parent / "miniature"
+"""The small model that comes with the package."""
+
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", *_TOKENIZERS, "scheduler")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+(@[\w.-]+)?")
@@ -38,8 +41,11 @@ class StableDiffusionXL(NamedTuple):
 def resolve(source: str | Path) -> Path:
     """A local folder or file as it is, or the local copy of a hub id "owner/name" or "owner/name@revision".
 
-    The hub is asked only for an id whose first part is no local folder. Raises InputError for anything else.
+    "miniature" is the model that comes with the package (a folder of that name is "./miniature"). The hub is asked only
+    for an id whose first part is no local folder. Raises InputError for anything else.
     """
+    if source == "miniature":
+        return MINIATURE
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path

@@ -1,0 +1,246 @@
+"""From adapters to measured claims: draw what a study asks for, let judges score it, write tables and a report."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infinite_id_jax.command_line import INTERRUPTED, exit_code
+from infinite_id_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from infinite_id_jax import Identity, InfiniteIDPipeline
+    from infinite_id_jax.evaluation.judged import Judged
+    from infinite_id_jax.evaluation.study import Method, StudyConfig
+    from infinite_id_jax.evaluation.world import Person, Prompt
+
+TEXT_ONLY, REFERENCE, DRAWN = "text_only", "reference_copy", "drawn"  # the bounds that every study has
+INTERPOLATED = 2  # prompts, the first two photographs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line: 0 when done, 2 for unusable input, 130 if interrupted."""
+    args = parser().parse_args(argv)
+    return exit_code(
+        lambda: run(args),
+        debug=args.debug,
+        interrupted="the same command goes on from here.",
+        smaller="take a smaller --group.",
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p.add_argument("--config", required=True, type=Path, metavar="FILE", help="configs/miniature.py, ...")
+    p.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="for metrics.json, report.html, ...")
+    p.add_argument("--identities", type=int, metavar="N", help="people (default: the study's)")
+    p.add_argument("--prompts", type=int, metavar="N", help="texts (default: the study's)")
+    p.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the study's)")
+    p.add_argument("--group", type=int, metavar="N", help="identities that one text row serves (default: the study's)")
+    p.add_argument("--methods", nargs="+", metavar="NAME", help="only these of the study's methods, and their claims")
+    p.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="another folder for an adapter")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Configuration -> pictures -> scores -> tables -> report."""
+    from tqdm import tqdm
+
+    from configs.base import load_study
+    from infinite_id_jax.evaluation.judged import INTERPOLATION, MIXING, Judged
+    from infinite_id_jax.evaluation.summary import write_results
+
+    study = changed(load_study(args.config), args)
+    check(study)
+    world = study.world()
+    people, prompts = world.people(study.identities), world.prompts(study.prompts)
+    settle(study, args.output_dir)
+    judged = Judged(world, people, prompts, args.output_dir)
+    pipes = Pipelines(study)
+    for method in tqdm(study.methods, "methods", unit="method"):
+        for p, prompt in enumerate(tqdm(prompts, method.name, unit="prompt", leave=False)):
+            settings = method.photo if prompt.style == "photo" else method.style
+            if settings is not None:
+                judged.method(method.name, p, partial(pipes.draw, method, judged, p, settings))
+    for p, prompt in enumerate(tqdm(prompts, "bounds", unit="prompt")):
+        judged.method(TEXT_ONLY, p, partial(pipes.draw_text, judged, p))
+        judged.method(REFERENCE, p, lambda: judged.photos)
+        judged.method(DRAWN, p, partial(judged.drawn, prompt))
+    judged.base(study.base_pictures, pipes.draw_base)
+    photographs = [p for p, prompt in enumerate(prompts) if prompt.style == "photo"][:INTERPOLATED]
+    if photographs:
+        judged.between(INTERPOLATION, study.interpolation_weights, partial(pipes.draw_between, judged), photographs)
+        judged.between(MIXING, [None], partial(pipes.draw_between, judged), photographs)
+    paths = write_results(study, judged.results(), args.output_dir)
+    print(f"Done: {', '.join(map(str, paths))}")
+    return 0
+
+
+def changed(study: "StudyConfig", args: argparse.Namespace) -> "StudyConfig":
+    """The study with what the command line says instead. Raises InputError for what it does not know."""
+    given = {name: getattr(args, name) for name in ("identities", "prompts", "group", "steps")}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}: give 1 or more.")
+    steps = given.pop("steps")
+    study = dataclasses.replace(study, **{name: value for name, value in given.items() if value is not None})
+    if steps is not None:
+        study = dataclasses.replace(study, sampling={**study.sampling, "steps": steps})
+    if args.methods:
+        known = {method.name for method in study.methods}
+        if unknown := sorted(set(args.methods) - known):
+            raise InputError(f"--methods {', '.join(unknown)}: choose from {', '.join(sorted(known))}.")
+        kept = {*args.methods, TEXT_ONLY, REFERENCE, DRAWN}
+        methods = tuple(method for method in study.methods if method.name in kept)
+        claims = tuple(claim for claim in study.claims if {claim.first, claim.second} <= kept)
+        study = dataclasses.replace(study, methods=methods, claims=claims)
+    adapters = dict(study.adapters)
+    for setting in args.adapter:
+        name, equals, folder = setting.partition("=")
+        if not equals or name not in adapters:
+            raise InputError(f"--adapter {setting} is not of the form NAME=DIR with a NAME of {', '.join(adapters)}.")
+        adapters[name] = folder
+    used = {method.adapter for method in study.methods}
+    return dataclasses.replace(study, adapters={name: path for name, path in adapters.items() if name in used})
+
+
+def check(study: "StudyConfig") -> None:
+    """Raises InputError for a model or an adapter that cannot be used, before hours are spent on another one."""
+    from infinite_id_jax.weights.adapter import check_adapter
+    from infinite_id_jax.weights.folder import describe_base, resolve
+
+    unet = describe_base(resolve(study.model)).unet
+    for path in study.adapters.values():
+        check_adapter(Path(path), unet)
+
+
+def settle(study: "StudyConfig", folder: Path) -> None:
+    """Note what is measured in DIR/study.json. Raises InputError where the folder holds scores of another study."""
+    from infinite_id_jax.files import fingerprint, save_json
+    from infinite_id_jax.weights.folder import resolve
+
+    content = {
+        "model": fingerprint(resolve(study.model)),
+        "adapters": {name: fingerprint(Path(path)) for name, path in sorted(study.adapters.items())},
+        "identities": study.identities,
+        "prompts": study.prompts,
+        "group": study.group,
+        "sampling": dict(study.sampling),
+        "faces": study.faces if isinstance(study.faces, str) else study.faces.name,
+        "interpolation_weights": study.interpolation_weights,
+        "base_pictures": study.base_pictures,
+        "methods": {m.name: [m.adapter, _plain(m.photo), _plain(m.style), m.shrink] for m in study.methods},
+    }
+    path = folder / "study.json"
+    scored = path.is_file() and (folder / "scores").is_dir()
+    if scored and json.loads(path.read_text()) != json.loads(json.dumps(content)):
+        raise InputError(f"{folder} holds another study's scores: choose another --output-dir, or delete it.")
+    save_json(content, path)
+
+
+def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if settings is None else dict(settings)
+
+
+class Pipelines:
+    """The model with each adapter, one at a time in memory, and what is drawn with it."""
+
+    def __init__(self, study: "StudyConfig") -> None:
+        self._study = study
+        self._loaded: dict[str, InfiniteIDPipeline] = {}
+        self._identities: dict[tuple[str, int], list[Identity]] = {}
+        # XLA does not come back before a picture ends; in a thread of its own it lets this one hear Ctrl-C.
+        self._worker = ThreadPoolExecutor(1)
+
+    def draw(self, method: "Method", judged: "Judged", p: int, settings: Mapping[str, Any]) -> "np.ndarray":
+        """Everybody in one prompt."""
+        import numpy as np
+
+        identities = self._encoded(method, judged.people)
+        size = min(self._study.group, len(identities))
+        found = []
+        for g, start in enumerate(range(0, len(identities), size)):
+            some = identities[start : start + size]
+            padded = some + some[-1:] * (size - len(some))  # one shape, one program
+            images = self._call(method.adapter, judged.prompts[p].text, padded, seed=seed(p, g), **settings)
+            found.append(images[: len(some)])
+        return np.concatenate(found)
+
+    def draw_text(self, judged: "Judged", p: int) -> "np.ndarray":
+        """The text stream's own pictures, one for each group, shown to all of its people."""
+        import numpy as np
+
+        size = min(self._study.group, len(judged.people))
+        groups = range(-(-len(judged.people) // size))
+        texts = [judged.prompts[p].text] * len(groups)
+        images = self._call(self._any(), texts, None, seed=[seed(p, g) for g in groups])
+        return np.repeat(images, size, axis=0)[: len(judged.people)]
+
+    def draw_base(self, prompts: "Sequence[Prompt]", start: int) -> "np.ndarray":
+        """A picture of each prompt, by the text alone."""
+        seeds = [10**6 + start + i for i in range(len(prompts))]
+        return self._call(self._any(), [prompt.text for prompt in prompts], None, seed=seeds)
+
+    def draw_between(
+        self, judged: "Judged", first: "Person", second: "Person", weights: Sequence[float | None], p: int
+    ) -> "np.ndarray":
+        """Pictures on the way from one person's tokens to another's (Fig. 14); None: both side by side (Fig. 13)."""
+        method = self._study.methods[0]
+        pipe = self._pipe(method.adapter)
+        both = [pipe.encode_identity(person.photo) for person in (first, second)]
+        mixed = [pipe.mix_identities(both, None if weight is None else [1 - weight, weight]) for weight in weights]
+        return self._call(method.adapter, judged.prompts[p].text, mixed, seed=seed(p, 0), **(method.photo or {}))
+
+    def _any(self) -> str:
+        return next(iter(self._loaded), next(iter(self._study.adapters)))
+
+    def _call(self, adapter: str, *args: Any, **settings: Any) -> "np.ndarray":
+        import numpy as np
+
+        pipe = self._pipe(adapter)
+        every = {**self._study.sampling, **settings, "output": "numpy"}
+        images = self._worker.submit(pipe, *args, **every).result().images
+        assert isinstance(images, np.ndarray)
+        return np.rint(images * 255).astype(np.uint8)
+
+    def _pipe(self, adapter: str) -> "InfiniteIDPipeline":
+        from infinite_id_jax import InfiniteIDPipeline
+
+        if adapter not in self._loaded:
+            self._loaded.clear()
+            self._loaded[adapter] = InfiniteIDPipeline.from_pretrained(
+                self._study.model, self._study.adapters[adapter], faces=self._study.faces
+            )
+        return self._loaded[adapter]
+
+    def _encoded(self, method: "Method", people: "Sequence[Person]") -> "list[Identity]":
+        from infinite_id_jax.images import shrunk
+
+        key = (method.adapter, method.shrink)
+        if key not in self._identities:
+            pipe = self._pipe(key[0])
+            photos = [shrunk(person.photo, method.shrink) for person in people]
+            self._identities[key] = [pipe.encode_identity(photo) for photo in photos]
+        return self._identities[key]
+
+
+def seed(p: int, group: int) -> int:
+    """Of the noise of a prompt that a group of people shares."""
+    return 1000 * p + group
+
+
+if __name__ == "__main__":
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(code)  # without waiting for the pictures that were interrupted
+    sys.exit(code)

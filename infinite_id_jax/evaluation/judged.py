@@ -1,0 +1,206 @@
+"""Pictures and their scores in a folder, drawn and judged where they are missing."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from tqdm import tqdm
+
+from infinite_id_jax.evaluation.metrics import cosine
+from infinite_id_jax.evaluation.world import Person, Pictures, Prompt, Seen, World
+from infinite_id_jax.files import replacing
+from infinite_id_jax.images import save_png
+
+BASE = "base"  # the base alone, on prompts that say everything
+INTERPOLATION, MIXING = "interpolation", "mixing"  # of two people
+
+
+class Results(NamedTuple):
+    """All that was scored."""
+
+    rows: list[dict[str, Any]]  # of people x prompts
+    base: list[dict[str, Any]]  # of the base's pictures
+    steps: list[dict[str, Any]]  # of interpolations: similarity to the first and to the second, by weight
+    mixtures: list[dict[str, Any]]  # the same of two people's tokens side by side
+    features: dict[str, Float[np.ndarray, "n f"]]  # of each method's faces
+    people: list[Person]
+    prompts: list[Prompt]
+    photos: Seen  # of everybody's given photo
+    others: Seen  # of everybody's other photos, one person after the other
+    chance: dict[str, float]
+    judges: dict[str, float]  # accuracy on pictures that the world drew itself
+
+
+class Judged:
+    """The scores of a study. What the folder already holds is not drawn again."""
+
+    def __init__(self, world: World, people: list[Person], prompts: list[Prompt], folder: Path) -> None:
+        self.world, self.people, self.prompts, self.folder = world, people, prompts, folder
+        self._texts = world.judge_texts([prompt.text for prompt in prompts])
+        self._scored: list[tuple[str, int]] = []
+        self._others: list[tuple[str, int]] = []
+
+    @cached_property
+    def photos(self) -> Pictures:
+        """Everybody's given photo."""
+        return np.stack([person.photo for person in self.people])
+
+    @cached_property
+    def seen_photos(self) -> Seen:
+        return self.world.judge(self.photos)
+
+    def drawn(self, prompt: Prompt) -> Pictures:
+        """Everybody as a perfect model would draw them."""
+        return np.stack([self.world.drawn(person, prompt) for person in self.people])
+
+    def method(self, name: str, p: int, draw: Callable[[], Pictures]) -> None:
+        """Score a method's pictures of everybody in prompt `p`."""
+        self._scored.append((name, p))
+        path = self._path(name, p)
+        if path.is_file():
+            return
+        images = draw()
+        seen = self.world.judge(images)
+        rows = [self._row(name, p, i, seen) for i in range(len(self.people))]
+        for row, image in zip(rows, images, strict=True):
+            if name not in ("drawn", "reference_copy"):  # which nobody generated
+                save_png(Image.fromarray(image), self.folder / row["file"], {"prompt": row["text"], "method": name})
+            else:
+                _save_plain(image, self.folder / row["file"])
+        self._save(path, rows, seen.features)
+
+    def _row(self, name: str, p: int, i: int, seen: Seen) -> dict[str, Any]:
+        person, prompt = self.people[i], self.prompts[p]
+        asked, looks = self.world.expected(person, prompt)
+        given = self.seen_photos
+        said = {f"prompted_{key}": float(seen.attributes[key][i] == value) for key, value in asked.items()}
+        kept = {f"identity_{key}": float(seen.attributes[key][i] == value) for key, value in looks.items()}
+        found = bool(seen.found[i])
+        return {
+            "method": name,
+            "identity": person.name,
+            "prompt": p,
+            "style": prompt.style,
+            "text": prompt.text,
+            "file": f"images/{name}/prompt{p:02}/{person.name}.png",
+            "found": float(found),
+            "m_face": float(cosine(seen.face[i : i + 1], given.face[i : i + 1])[0]) if found else None,
+            "clip_i": float(cosine(seen.clip_face[i : i + 1], given.clip_face[i : i + 1])[0]) if found else None,
+            "clip_t": float(seen.clip[i] @ self._texts[p]),
+            "prompted": float(np.mean(list(said.values()))),
+            "identity_attributes": float(np.mean(list(kept.values()))) if kept else None,
+            **said,
+            **kept,
+        }
+
+    def base(self, count: int, draw: Callable[[Sequence[Prompt], int], Pictures], batch: int = 50) -> None:
+        """Score the base alone on `count` prompts that say everything."""
+        prompts = self.world.random_prompts(count)
+        for start in tqdm(range(0, count, batch), "base", unit="batch"):
+            some = prompts[start : start + batch]
+            path = self._path(BASE, start)
+            self._others.append((BASE, start))
+            if path.is_file():
+                continue
+            images = draw(some, start)
+            seen = self.world.judge(images)
+            rows = []
+            for i, prompt in enumerate(some):
+                asked, _ = self.world.expected(self.people[0], prompt)
+                right = {f"prompted_{key}": float(seen.attributes[key][i] == value) for key, value in asked.items()}
+                file = f"images/{BASE}/{start + i:04}.png"
+                save_png(Image.fromarray(images[i]), self.folder / file, {"prompt": prompt.text})
+                rows.append({"text": prompt.text, "style": prompt.style, "file": file, "index": start + i, **right})
+            self._save(path, rows, seen.features)
+
+    def between(
+        self,
+        name: str,
+        weights: Sequence[float | None],
+        draw: Callable[[Person, Person, Sequence[float | None], int], Pictures],
+        prompts: Sequence[int],
+    ) -> None:
+        """Score what is drawn of each even person and the next one, for some prompts: a picture for each weight."""
+        for first in tqdm(range(0, len(self.people) - 1, 2), name, unit="pair"):
+            self._others.append((name, first))
+            path = self._path(name, first)
+            if path.is_file():
+                continue
+            rows, features = [], []
+            for p in prompts:
+                images = draw(self.people[first], self.people[first + 1], weights, p)
+                seen = self.world.judge(images)
+                rows += self._steps(name, first, p, weights, seen)
+                for row, image in zip(rows[-len(weights) :], images, strict=True):
+                    save_png(Image.fromarray(image), self.folder / row["file"], {"prompt": self.prompts[p].text})
+                features.append(seen.features)
+            self._save(path, rows, np.concatenate(features))
+
+    def _steps(
+        self, name: str, first: int, p: int, weights: Sequence[float | None], seen: Seen
+    ) -> list[dict[str, Any]]:
+        one, other = self.people[first].name, self.people[first + 1].name
+        rows = []
+        for k, weight in enumerate(weights):
+            near = [
+                float(cosine(seen.face[k : k + 1], self.seen_photos.face[i : i + 1])[0]) for i in (first, first + 1)
+            ]
+            to_first, to_second = (None if np.isnan(value) else value for value in near)
+            file = f"images/{name}/prompt{p:02}/{one}-{other}-{k}.png"
+            row = {"first": one, "second": other, "prompt": p, "weight": weight, "file": file}
+            rows.append({**row, "to_first": to_first, "to_second": to_second})
+        return rows
+
+    def results(self) -> Results:
+        """All that was scored, with the baselines."""
+        rows = [row for key in self._scored for row in self._read(*key)]
+        names = dict.fromkeys(name for name, _ in self._scored)
+        features = {
+            name: np.concatenate([self._features(*key) for key in self._scored if key[0] == name]) for name in names
+        }
+        return Results(
+            rows=rows,
+            base=[row for key in self._others if key[0] == BASE for row in self._read(*key)],
+            steps=[row for key in self._others if key[0] == INTERPOLATION for row in self._read(*key)],
+            mixtures=[row for key in self._others if key[0] == MIXING for row in self._read(*key)],
+            features=features,
+            people=self.people,
+            prompts=self.prompts,
+            photos=self.seen_photos,
+            others=self.world.judge(np.concatenate([person.others for person in self.people])),
+            chance=self.world.chance(),
+            judges=_judges([row for row in rows if row["method"] == "drawn"]),
+        )
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / "scores" / name / f"{number:04}.json"
+
+    def _save(self, path: Path, rows: list[dict[str, Any]], features: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
+            np.save(file, features.astype(np.float16))
+        with replacing(path) as beside:  # last: a file of scores is what says that all is there
+            beside.write_text(json.dumps(rows), encoding="utf-8")
+
+    def _read(self, name: str, number: int) -> list[dict[str, Any]]:
+        return json.loads(self._path(name, number).read_text())
+
+    def _features(self, name: str, number: int) -> np.ndarray:
+        return np.load(self._path(name, number).with_suffix(".npy")).astype(np.float32)
+
+
+def _save_plain(image: np.ndarray, path: Path) -> None:
+    with replacing(path) as beside:
+        Image.fromarray(image).save(beside, format="png")
+
+
+def _judges(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy of the judges by column, where the right answer is known."""
+    columns = dict.fromkeys(name for row in rows for name in row if name.startswith(("prompted_", "identity_")))
+    columns.pop("identity_attributes", None)  # their mean
+    return {name: float(np.mean([row[name] for row in rows if row.get(name) is not None])) for name in columns}

@@ -1,0 +1,51 @@
+"""What an evaluation asks for: adapters, ways of sampling, claims, and the world they are measured in."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from infinite_id_jax.evaluation.world import World
+from infinite_id_jax.faces.protocol import FaceBackend
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way of making pictures: an adapter and the pipeline's arguments, by kind of prompt."""
+
+    name: str
+    title: str
+    adapter: str
+    photo: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)  # None: not run on photographs
+    style: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)  # None: not run on other styles
+    shrink: int = 1  # the given photo is made smaller by this
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """metric(first) - metric(second), over the prompts of a kind that both have."""
+
+    text: str
+    metric: str
+    first: str
+    second: str
+    expected: str = "greater"  # or "less", or "at least": the difference is at least `bound`
+    bound: float = 0.0
+    prompts: str = "all"  # all, photo or style
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """One study."""
+
+    model: str
+    adapters: Mapping[str, str]  # name to folder
+    world: Callable[[], World]
+    methods: tuple[Method, ...]
+    claims: tuple[Claim, ...]
+    sampling: Mapping[str, Any]  # arguments of the pipeline that all methods share
+    faces: str | FaceBackend = "auto"  # the backend that the identities are encoded by
+    identities: int = 100
+    prompts: int = 20
+    group: int = 10  # identities that one text row serves
+    interpolation_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    base_pictures: int = 400  # of random prompts, for the base alone

@@ -1,0 +1,142 @@
+"""The miniature's CLIP: two text encoders and an image encoder, trained to find each other (Radford et al. 2021)."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from data_pipeline.avatar_captions import with_looks
+from data_pipeline.avatars import CLASSES
+from infinite_id_jax.faces.align import clip_crop
+from infinite_id_jax.faces.protocol import Face
+from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
+from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess
+from infinite_id_jax.stable_diffusion.config import CLIPTextConfig, CLIPVisionConfig
+from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
+from infinite_id_jax.typing import Array
+from miniature import pictures, vocabulary
+from miniature.fit import Batch, Budget, fit_module, rows
+
+VISION = CLIPVisionConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=96,
+    patch_size=12,
+    projection_dim=128,
+)
+_TEXT = CLIPTextConfig(
+    vocab_size=vocabulary.SIZE,
+    eos_token_id=vocabulary.SIZE - 1,
+    max_position_embeddings=vocabulary.MAX_LENGTH,
+    projection_dim=128,
+)
+FIRST = dataclasses.replace(
+    _TEXT, hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3, projection_dim=96
+)
+SECOND = dataclasses.replace(
+    _TEXT,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    hidden_act="gelu",
+    architectures=("CLIPTextModelWithProjection",),
+)
+BUDGET = Budget(steps=1000, batch_size=128, learning_rate=1e-3)
+# The judge sees other pictures, of other people, in other pieces.
+JUDGE_VISION = dataclasses.replace(VISION, num_hidden_layers=3, image_size=128, patch_size=16)
+_LENGTH = 44  # tokens in training: later positions are padding, which causal attention hides from a text's end
+
+
+class Contrast(nnx.Module):
+    """An image encoder, one or two text encoders, and the temperature."""
+
+    def __init__(self, vision: CLIPVisionConfig, texts: tuple[CLIPTextConfig, ...], *, rngs: nnx.Rngs):
+        self.vision = CLIPVisionModel(vision, rngs=rngs)
+        self.texts = nnx.List([CLIPTextModel(config, rngs=rngs) for config in texts])
+        # An encoder without a projection of its own gets one for the training.
+        self.projections = nnx.List(
+            [
+                nnx.Linear(config.hidden_size, vision.projection_dim, use_bias=False, rngs=rngs)
+                for config in texts
+                if not config.with_projection
+            ]
+        )
+        self.log_scale = nnx.Param(jnp.log(1 / 0.07))
+
+    def __call__(self, pixels: Array, ids: Array) -> tuple[Array, list[Array]]:
+        """Unit vectors of the images, and of the texts by each encoder."""
+        pooled = [text(ids).pooled for text in self.texts]
+        own = iter(self.projections)
+        projected = [p if t.config.with_projection else next(own)(p) for p, t in zip(pooled, self.texts, strict=True)]
+        return unit(self.vision(pixels).image_embeds), [unit(x) for x in projected]
+
+
+def unit(x: Array) -> Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def train(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> Contrast:
+    """The image encoder and both text encoders of the miniature."""
+    return _train(Contrast(VISION, (FIRST, SECOND), rngs=nnx.Rngs(1)), folder, drawn, budget, seed=2)
+
+
+def train_judge(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> Contrast:
+    return _train(Contrast(JUDGE_VISION, (SECOND,), rngs=nnx.Rngs(11)), folder, drawn, budget, seed=12)
+
+
+def _train(model: Contrast, folder: Path, drawn: pictures.Pictures, budget: Budget, seed: int) -> Contrast:
+    tokenize = vocabulary.tokenizer(folder)
+    size = model.vision.config.image_size
+
+    def batch_at(step: int) -> Batch:
+        chosen = rows(seed, step, budget.batch_size, len(drawn.images))
+        images = [picture_for(drawn.images[i], drawn.keypoints[i], size, head=k % 2 == 0) for k, i in enumerate(chosen)]
+        texts = [text_of(tokenize, drawn, int(i), step, every=2) for i in chosen]
+        ids = tokenize(texts)[:, :_LENGTH]
+        ids[:, -1] = tokenize.eos_id  # of the few that are longer: without an end nothing could be read off
+        return {"pixels": np.stack(images), "ids": ids}
+
+    return fit_module(model, loss, batch_at, budget, folder)
+
+
+def picture_for(image: np.ndarray, keypoints: np.ndarray, size: int, *, head: bool) -> np.ndarray:
+    """The whole picture, or the crop of the head that identities are encoded from."""
+    if head:
+        return clip_crop(image, Face((0.0, 0.0, 0.0, 0.0), 1.0, keypoints.astype(np.float64)), size)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def text_of(tokenize: CLIPTokenizer, drawn: pictures.Pictures, i: int, step: int, *, every: int) -> str:
+    """The caption of a picture, one in `every` with how the person looks, where that fits."""
+    plain = drawn.captions[i]
+    if (i + step) % every:
+        return plain
+    said = with_looks(plain, visible(drawn.labels[i]), i + step)
+    return plain if len(tokenize.backend.encode(said).ids) > _LENGTH - 2 else said
+
+
+def visible(labels: np.ndarray) -> dict[str, str]:
+    """What shows of a picture's attributes, by name."""
+    return {name: values[label] for (name, values), label in zip(CLASSES.items(), labels, strict=True) if label >= 0}
+
+
+def loss(model: Contrast, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    """Symmetric cross-entropy over the batch, the mean over text encoders; `top1` is of the last one."""
+    del key
+    images, texts = model(preprocess(batch["pixels"]), batch["ids"])
+    scale = jnp.exp(jnp.minimum(model.log_scale[...], jnp.log(100.0)))
+    losses, right = [], jnp.zeros(())
+    for text in texts:
+        logits = scale * images @ text.T
+        for direction in (logits, logits.T):
+            losses.append(-jnp.mean(jnp.diagonal(jax.nn.log_softmax(direction))))
+        right = jnp.mean(jnp.argmax(logits, 1) == jnp.arange(len(logits)))
+    return jnp.mean(jnp.stack(losses)), {"top1": right, "scale": scale}

@@ -1,0 +1,35 @@
+"""The identity data of the adapters: photographs of the miniature's people, six or more each, as records."""
+
+from pathlib import Path
+
+from data_pipeline.generated import Drawing, DrawnPhoto, write_drawn
+from infinite_id_jax.errors import NoFaceError
+from infinite_id_jax.faces.extract import extract_face
+from infinite_id_jax.faces.miniature import RECOGNISER, MiniatureFaces
+from infinite_id_jax.files import fingerprint
+from miniature import pictures
+
+
+def write(folder: Path, model: Path, drawn: pictures.Pictures) -> None:
+    """Write the set "identity" with the features of a model folder; what an earlier call left is completed."""
+    photos = pictures.SETS["identity"].photos
+    faces = MiniatureFaces(model / "faces")
+
+    def draw(person: int, photo: int, clip_size: int) -> DrawnPhoto:
+        i = person * photos + photo
+        try:
+            face = extract_face(drawn.images[i], faces, crop_size=clip_size)
+        except NoFaceError:  # as the offline stage does, without a photo; here there must be one
+            raise RuntimeError(f"The detector finds nobody in picture {i}: train it longer.") from None
+        return DrawnPhoto(drawn.images[i], drawn.captions[i], face.clip_crop, face.recogniser_crop, face.embedding)
+
+    parameters = ("identity", len(drawn.images), fingerprint(model / "faces"))
+    write_drawn(
+        folder,
+        model,
+        Drawing("miniature", parameters, draw, RECOGNISER.outputs, RECOGNISER.size),
+        people=len(drawn.images) // photos,
+        photos=photos,
+        size=pictures.SIZE,
+        shards=8,
+    )

@@ -1,0 +1,117 @@
+"""The miniature's U-Net: SDXL's blocks, text conditions and micro-conditioning, trained on captioned pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from configs.miniature import UNET
+from infinite_id_jax.conditioning import encode_text
+from infinite_id_jax.diffusion.loss import add_noise, min_snr_weight, squared_error
+from infinite_id_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
+from infinite_id_jax.files import replacing
+from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
+from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
+from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
+from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
+from infinite_id_jax.typing import Array
+from infinite_id_jax.weights.folder import load_tokenizers
+from infinite_id_jax.weights.load import load_module
+from miniature import clip, pictures
+from miniature.fit import Batch, Budget, fit_module, rows
+
+BUDGET = Budget(steps=9000, batch_size=32, learning_rate=1e-3, average=0.9985)
+SCHEDULE = ScheduleConfig()
+_TEXT_DROP = 0.15  # rows without text, which guidance needs, and which are all that identities are trained on
+_GAMMA = 5.0  # of min-SNR weighting (Hang et al. 2023)
+_SMALL = 0.1  # share of pictures that were smaller once, and say so in the micro-conditioning
+
+
+class Latents(NamedTuple):
+    """Posteriors of pictures, and SDXL's six numbers of micro-conditioning."""
+
+    mean: np.ndarray  # [n, h, w, c], unscaled
+    std: np.ndarray
+    time_ids: np.ndarray  # [n, 6]
+
+
+def encode(model: AutoencoderKL, drawn: pictures.Pictures, path: Path) -> Latents:
+    """The latents of all pictures, kept in the file `path`."""
+    if not path.is_file():
+        graph, state = nnx.split(model)
+        posterior = jax.jit(lambda images: nnx.merge(graph, state).encode(images.astype(jnp.float32) / 127.5 - 1))
+        means, stds, ids = [], [], []
+        for start in tqdm(range(0, len(drawn.images), 64), desc="encoding"):
+            chosen = [_once_smaller(image, start + i) for i, image in enumerate(drawn.images[start : start + 64])]
+            mean, std = posterior(np.stack([image for image, _ in chosen]))
+            means.append(np.asarray(mean, np.float16))
+            stds.append(np.asarray(std, np.float16))
+            ids += [(side, side, 0, 0, pictures.SIZE, pictures.SIZE) for _, side in chosen]
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez(file, mean=np.concatenate(means), std=np.concatenate(stds), time_ids=np.array(ids, np.float32))
+    with np.load(path) as stored:
+        return Latents(stored["mean"], stored["std"], stored["time_ids"])
+
+
+def _once_smaller(image: np.ndarray, i: int) -> tuple[np.ndarray, int]:
+    """A picture and the side it once had."""
+    rng = np.random.default_rng((6, i))
+    if rng.random() >= _SMALL:
+        return image, pictures.SIZE
+    side = int(rng.integers(32, pictures.SIZE))
+    return pictures.softened(image, side), side
+
+
+class Text(NamedTuple):
+    """What reads a caption."""
+
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    encoders: tuple[CLIPTextModel, CLIPTextModel]
+
+
+def text_in(model: Path) -> Text:
+    """The text encoders of a model folder whose other parts may be missing."""
+    first, second = (
+        load_module(lambda rngs, config=config: CLIPTextModel(config, rngs=rngs), model / name)
+        for name, config in (("text_encoder", clip.FIRST), ("text_encoder_2", clip.SECOND))
+    )
+    return Text(load_tokenizers(model), (first, second))
+
+
+def train(
+    folder: Path, drawn: pictures.Pictures, latents: Latents, scaling_factor: float, text: Text, budget: Budget = BUDGET
+) -> UNet2DConditionModel:
+    """The U-Net, from captions that say what the person does and, now and then, looks like."""
+    first, second = (nnx.split(encoder) for encoder in text.encoders)
+    alpha_bar = alphas_cumprod(SCHEDULE)
+
+    def batch_at(step: int) -> Batch:
+        chosen = rows(6, step, budget.batch_size, len(drawn.images))
+        texts = [clip.text_of(text.tokenizers[0], drawn, int(i), step, every=4) for i in chosen]
+        return {
+            "mean": latents.mean[chosen],
+            "std": latents.std[chosen],
+            "time_ids": latents.time_ids[chosen],
+            **{name: tokenize(texts) for name, tokenize in zip(("ids", "ids_2"), text.tokenizers, strict=True)},
+        }
+
+    def loss(unet: UNet2DConditionModel, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        keys = jax.random.split(key, 4)
+        mean, std = (batch[name].astype(jnp.float32) for name in ("mean", "std"))
+        x_0 = scaling_factor * (mean + std * jax.random.normal(keys[0], mean.shape))
+        eps = jax.random.normal(keys[1], mean.shape)
+        t = jax.random.randint(keys[2], mean.shape[:1], 0, len(alpha_bar))
+        keep = jax.random.bernoulli(keys[3], 1 - _TEXT_DROP, mean.shape[:1])
+        tokens, pooled = encode_text(first, second, batch["ids"], batch["ids_2"])
+        x_t, _ = add_noise(x_0, eps, t, alpha_bar)
+        added = AddedConditions(pooled * keep[:, None], batch["time_ids"])
+        error = squared_error(unet(x_t, t.astype(jnp.float32), tokens * keep[:, None, None], added), eps)
+        weighted = jnp.mean(error * min_snr_weight(t, alpha_bar, _GAMMA, SCHEDULE.prediction_type))
+        return weighted, {"error": error.mean()}
+
+    return fit_module(UNet2DConditionModel(UNET, rngs=nnx.Rngs(6)), loss, batch_at, budget, folder)

@@ -1,0 +1,73 @@
+"""The miniature's autoencoder: 128 pixels to 16 x 16 latents, trained on pieces of 64 pixels of every style."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from infinite_id_jax.stable_diffusion.config import VAEConfig
+from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
+from infinite_id_jax.typing import Array, Float
+from miniature import pictures
+from miniature.fit import Batch, Budget, fit_module, rows
+
+CONFIG = VAEConfig(
+    latent_channels=8, block_out_channels=(16, 24, 48, 96), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0
+)
+BUDGET = Budget(steps=4000, batch_size=16, learning_rate=2e-3)
+PIECE = 64  # pixels of a side: four pieces cost what one picture does, and are more different from each other
+_KL = 1e-5  # weight of the posterior's divergence, summed over latents, beside the mean error of a pixel
+
+
+def train(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> AutoencoderKL:
+    """The autoencoder; the `scaling_factor` of its latents is not yet known."""
+    batch_at = partial(pieces, drawn, budget.batch_size, 0)
+    return fit_module(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)), loss, batch_at, budget, folder)
+
+
+def pieces(drawn: pictures.Pictures, count: int, seed: int, step: int) -> Batch:
+    """Pieces of random pictures, cut where latents begin: what repeats every few pixels stays in step with them."""
+    rng = np.random.default_rng((seed + 1, step))
+    corners = rng.integers((pictures.SIZE - PIECE) // 8 + 1, size=(count, 2)) * 8
+    chosen = rows(seed, step, count, len(drawn.images))
+    images = [drawn.images[i, y : y + PIECE, x : x + PIECE] for i, (y, x) in zip(chosen, corners, strict=True)]
+    return {"images": np.stack(images)}
+
+
+def scaled(model: AutoencoderKL, images: UInt8[np.ndarray, "n s s 3"]) -> AutoencoderKL:
+    """The same, with the `scaling_factor` that gives latents of these images unit variance."""
+    graph, state = nnx.split(model)
+    posterior = jax.jit(lambda part: nnx.merge(graph, state).encode(part.astype(jnp.float32) / 127.5 - 1))
+    means, stds = zip(*(posterior(images[i : i + 32]) for i in range(0, len(images), 32)), strict=True)
+    variance = np.var(np.concatenate(means)) + np.mean(np.square(np.concatenate(stds)))
+    model.config = dataclasses.replace(model.config, scaling_factor=round(float(variance**-0.5), 5))
+    return model
+
+
+def loss(vae: AutoencoderKL, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    """The difference of the decoded image, and the posterior's divergence from unit normal."""
+    image = batch["images"].astype(jnp.float32) / 127.5 - 1
+    posterior = vae.encode(image)
+    again = vae.decode(posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape))
+    divergence = 0.5 * (posterior.mean**2 + posterior.std**2 - 1 - 2 * jnp.log(posterior.std))
+    per_image = divergence.sum((1, 2, 3)).mean() / (image.shape[1] * image.shape[2] / 64**2)
+    figures = {"psnr": psnr(again, image), "kl": per_image, "std": posterior.std.mean()}
+    return difference(again, image) + _KL * per_image, figures
+
+
+def difference(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Array:
+    """Absolute and squared error of pixels, and absolute error of differences of neighbours (edges)."""
+    error = again - image
+    edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
+    return jnp.abs(error).mean() + edges + jnp.square(error).mean()
+
+
+def psnr(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Array:
+    """Of values in [-1, 1], in decibels, the mean over images."""
+    return jnp.mean(10 * jnp.log10(4 / jnp.square(jnp.clip(again, -1, 1) - image).mean((1, 2, 3))))
