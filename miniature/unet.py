@@ -29,6 +29,7 @@ BUDGET = Budget(steps=9000, batch_size=32, learning_rate=1e-3, average=0.9985)
 SCHEDULE = ScheduleConfig()
 _TEXT_DROP = 0.15  # rows without text, which guidance needs, and which are all that identities are trained on
 _GAMMA = 5.0  # of min-SNR weighting (Hang et al. 2023)
+_BATCH = 64  # pictures that are encoded at once
 _SMALL = 0.1  # share of pictures that were smaller once, and say so in the micro-conditioning
 
 
@@ -41,21 +42,30 @@ class Latents(NamedTuple):
 
 
 def encode(model: AutoencoderKL, drawn: pictures.Pictures, path: Path) -> Latents:
-    """The latents of all pictures, kept in the file `path`."""
-    if not path.is_file():
-        graph, state = nnx.split(model)
-        posterior = jax.jit(lambda images: nnx.merge(graph, state).encode(images.astype(jnp.float32) / 127.5 - 1))
-        means, stds, ids = [], [], []
-        for start in tqdm(range(0, len(drawn.images), 64), desc="encoding"):
-            chosen = [_once_smaller(image, start + i) for i, image in enumerate(drawn.images[start : start + 64])]
-            mean, std = posterior(np.stack([image for image, _ in chosen]))
-            means.append(np.asarray(mean, np.float16))
-            stds.append(np.asarray(std, np.float16))
-            ids += [(side, side, 0, 0, pictures.SIZE, pictures.SIZE) for _, side in chosen]
-        with replacing(path) as beside, beside.open("wb") as file:
-            np.savez(file, mean=np.concatenate(means), std=np.concatenate(stds), time_ids=np.array(ids, np.float32))
-    with np.load(path) as stored:
-        return Latents(stored["mean"], stored["std"], stored["time_ids"])
+    """The latents of all pictures, kept in the file `path` until the encoder or the pictures are others."""
+    graph, state = nnx.split(model)
+    posterior = jax.jit(lambda images: nnx.merge(graph, state).encode(images.astype(jnp.float32) / 127.5 - 1))
+
+    def batch(start: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        chosen = [_once_smaller(image, start + i) for i, image in enumerate(drawn.images[start : start + _BATCH])]
+        mean, std = posterior(np.stack([image for image, _ in chosen]))
+        return np.asarray(mean, np.float16), np.asarray(std, np.float16), [side for _, side in chosen]
+
+    first = batch(0)
+    if path.is_file():
+        with np.load(path) as stored:
+            known = Latents(stored["mean"], stored["std"], stored["time_ids"])
+        same = len(known.mean) == len(drawn.images)
+        if same and np.allclose(known.mean[: len(first[0])], first[0], atol=1e-2):
+            return known
+    rest = [batch(start) for start in tqdm(range(_BATCH, len(drawn.images), _BATCH), "encoding")]
+    means, stds, sides = zip(first, *rest, strict=True)
+    size = pictures.SIZE
+    ids = np.array([(side, side, 0, 0, size, size) for part in sides for side in part], np.float32)
+    found = Latents(np.concatenate(means), np.concatenate(stds), ids)
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.savez(file, mean=found.mean, std=found.std, time_ids=found.time_ids)
+    return found
 
 
 def _once_smaller(image: np.ndarray, i: int) -> tuple[np.ndarray, int]:
