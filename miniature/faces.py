@@ -23,7 +23,7 @@ from miniature import pictures
 from miniature.fit import Batch, Budget, fit, rows
 
 DETECTOR_BUDGET = Budget(steps=1500, batch_size=64, learning_rate=2e-3)
-RECOGNISER_BUDGET = Budget(steps=2000, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
+RECOGNISER_BUDGET = Budget(steps=1200, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
 _SCALE, _MARGIN = 24.0, 0.3  # of ArcFace (Deng et al. 2019, Eq. 3)
 _SHIFT = 2  # pixels by which a detector may miss
 _WITHOUT = 0.2  # share of the detector's pictures in which there is nobody
