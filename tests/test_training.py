@@ -189,6 +189,10 @@ def test_draws():
     noise = np.stack([drawn.posterior.ravel(), drawn.eps.ravel(), drawn.t / 1000, drawn.keep])
     assert np.abs(np.corrcoef(noise) - np.eye(4)).max() < 4 / np.sqrt(rows)
     np.testing.assert_allclose(noise[:2].std(axis=1), 1, atol=0.05)
+    # The identity alone, the text alone, both: each in half of identity_drop of the rows.
+    dropped = (~drawn.keep & drawn.keep_text, drawn.keep & ~drawn.keep_text, ~drawn.keep & ~drawn.keep_text)
+    for share in map(np.mean, dropped):
+        assert abs(share - 0.15) < 4 * np.sqrt(0.15 * 0.85 / rows)
 
 
 # The identity

@@ -179,6 +179,9 @@ def reference_loss(unet, adapter, batch, drawn, scheduler, text: reference.Text 
     if text is None:  # what the U-Net is given and nobody reads
         unread = torch.full((len(t), 1, reference.CROSS_ATTENTION_DIM), torch.nan)
         text = reference.Text(unread, torch.zeros(len(t), reference.POOLED_DIM))
+    else:
+        keep = torch.from_numpy(np.array(drawn.keep_text)).float()[:, None]
+        text = reference.Text(text.embeds * keep[..., None], text.pooled * keep)
     added = {"text_embeds": text.pooled, "time_ids": time_ids}
     prediction = unet(
         scheduler.add_noise(x_0, eps, t), t, encoder_hidden_states=text.embeds, added_cond_kwargs=added
@@ -232,6 +235,7 @@ def test_steps_match_pytorch(tiny, method, prediction_type):
     batch = make_batch(tiny.clip_dim, tiny.face_dim)
     ours, draws = our_steps(tiny, batch, method, prediction_type)
     assert set(draws[0].keep.tolist()) == {True, False}
+    assert {kept for drawn in draws for kept in drawn.keep_text.tolist()} == {True, False}
     theirs = reference_steps(tiny, batch, draws, method, prediction_type)
     before = {k: x.numpy() for k, x in load_file(tiny.adapter / "adapter.safetensors").items()}
     assert ours.gradient.keys() == ours.adapter.keys() == theirs.gradient.keys()

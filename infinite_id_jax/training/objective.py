@@ -32,7 +32,7 @@ class MethodConfig:
     """What METHOD rows 19 to 22 leave open. Raises InputError for a value out of range."""
 
     entangled: bool = False  # text-image pairs with the text term active (row 20): give the text encoders
-    identity_drop: float = 0.1  # share of rows trained on the unconditional identity (rows 11 and 22)
+    identity_drop: float = 0.1  # share of rows trained on the unconditional identity (rows 11 and 22); see `draw`
     min_snr_gamma: float | None = None  # weight the timesteps (Hang et al. 2023); None is the paper's plain mean
     remat: str = "blocks"  # one of training.remat.REMAT; changes memory and time, not results
 
@@ -74,6 +74,7 @@ class Draw(NamedTuple):
     eps: Latents  # unit normal
     t: Int[Array, " B"]
     keep: Bool[Array, " B"]  # False: the unconditional identity
+    keep_text: Bool[Array, " B"]  # False: no text, in the entangled ablation
 
 
 class RowLosses(NamedTuple):
@@ -85,14 +86,21 @@ class RowLosses(NamedTuple):
 
 
 def draw(objective: Objective, key: Array, batch: Batch) -> Draw:
-    """Uniform timesteps, normal noise, and which identities are dropped."""
+    """Uniform timesteps, normal noise, and what is dropped.
+
+    As IP-Adapter's training drops (tutorial_train_sdxl.py): the identity, the text, or both, each in half of
+    `identity_drop` of the rows. Identity-enhanced training has no text to drop.
+    """
     keys = jax.random.split(key, 4)
-    shape = batch["latent_mean"].shape
+    shape, drop = batch["latent_mean"].shape, objective.method.identity_drop
+    keep = jax.random.bernoulli(keys[3], 1 - drop, shape[:1])
+    text_drop = jnp.where(keep, min(1.0, drop / (2 - 2 * drop)), 0.5)
     return Draw(
         posterior=jax.random.normal(keys[0], shape),
         eps=jax.random.normal(keys[1], shape),
         t=jax.random.randint(keys[2], shape[:1], 0, objective.schedule.num_train_timesteps),
-        keep=jax.random.bernoulli(keys[3], 1 - objective.method.identity_drop, shape[:1]),
+        keep=keep,
+        keep_text=jax.random.bernoulli(jax.random.fold_in(keys[3], 1), 1 - text_drop),
     )
 
 
@@ -117,7 +125,7 @@ def row_losses(objective: Objective, arrays: Arrays, frozen: Frozen, batch: Batc
     hidden = hidden_states(objective, frozen, batch) * drawn.keep[:, None, None]
     embedding = batch["face_embedding"] * drawn.keep[:, None]
     c_id = adapter(FaceFeatures(hidden.astype(dtype), embedding.astype(dtype)))
-    text, pooled = _text(objective, frozen, batch)
+    text, pooled = _text(objective, frozen, batch, drawn.keep_text)
     added = AddedConditions(pooled, batch["time_ids"])
     prediction = unet(x_t, drawn.t.astype(jnp.float32), IdentityContext(text, c_id), added)
 
@@ -138,10 +146,11 @@ def hidden_states(objective: Objective, frozen: Frozen, batch: Batch) -> Float[A
     return out.penultimate if objective.clip_layer == "penultimate" else out.last_hidden_state
 
 
-def _text(objective: Objective, frozen: Frozen, batch: Batch) -> tuple[Array | None, Array]:
-    """Text tokens and pooled text: none and zeros (METHOD rows 19, 21), or the caption's where entangled."""
+def _text(objective: Objective, frozen: Frozen, batch: Batch, keep: Array) -> tuple[Array | None, Array]:
+    """Text tokens and pooled text: none and zeros (METHOD rows 19, 21), or the caption's, if kept, where entangled."""
     if objective.text is not None and frozen.text is not None:
         first, second = zip(objective.text, frozen.text, strict=True)
-        return conditioning.encode_text(first, second, batch["input_ids"], batch["input_ids_2"])
+        tokens, pooled = conditioning.encode_text(first, second, batch["input_ids"], batch["input_ids_2"])
+        return tokens * keep[:, None, None], pooled * keep[:, None]
     width = nnx.merge(objective.unet, frozen.unet).config.pooled_dim
     return None, jnp.zeros((batch["time_ids"].shape[0], width))
