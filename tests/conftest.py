@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,8 @@ from safetensors.torch import save_file
 from configs import debug
 from tests import reference_torch
 
+# A job in a shell's background ignores SIGINT, and so would every program that a test starts to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # tests run side by side: threads that wait for each other made torch 20 times slower
 
