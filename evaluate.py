@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infinite_id_jax.command_line import INTERRUPTED, exit_code
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, NoFaceError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from infinite_id_jax import Identity, InfiniteIDPipeline
-    from infinite_id_jax.evaluation.judged import Judged
     from infinite_id_jax.evaluation.study import Method, StudyConfig
-    from infinite_id_jax.evaluation.world import Person, Prompt
+    from infinite_id_jax.evaluation.world import Person, Prompt, World
 
-TEXT_ONLY, REFERENCE, DRAWN = "text_only", "reference_copy", "drawn"  # the bounds that every study has
 INTERPOLATED = 2  # prompts, the first two photographs
 
 
@@ -56,30 +54,36 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from configs.base import load_study
-    from infinite_id_jax.evaluation.judged import INTERPOLATION, MIXING, Judged
+    from infinite_id_jax.evaluation import figures
+    from infinite_id_jax.evaluation.judged import Judged
+    from infinite_id_jax.evaluation.study import DRAWN, INTERPOLATION, MIXING, REFERENCE, TEXT_ONLY
     from infinite_id_jax.evaluation.summary import write_results
 
+    figures.check()
     study = changed(load_study(args.config), args)
     check(study)
     world = study.world()
     people, prompts = world.people(study.identities), world.prompts(study.prompts)
-    settle(study, args.output_dir)
-    judged = Judged(world, people, prompts, args.output_dir)
-    pipes = Pipelines(study)
+    settle(study, world, people, prompts, args.output_dir)
+    judged = Judged(world, people, prompts, study.group, args.output_dir)
+    pipes = Pipelines(study, people)
     for method in tqdm(study.methods, "methods", unit="method"):
         for p, prompt in enumerate(tqdm(prompts, method.name, unit="prompt", leave=False)):
             settings = method.photo if prompt.style == "photo" else method.style
             if settings is not None:
-                judged.method(method.name, p, partial(pipes.draw, method, judged, p, settings))
+                more = partial(pipes.given, method) if method.shrink > 1 else None
+                judged.method(method.name, p, partial(pipes.draw, method, prompt, p, settings), more)
     for p, prompt in enumerate(tqdm(prompts, "bounds", unit="prompt")):
-        judged.method(TEXT_ONLY, p, partial(pipes.draw_text, judged, p))
+        judged.method(TEXT_ONLY, p, partial(pipes.draw_text, prompt, p))
         judged.method(REFERENCE, p, lambda: judged.photos)
         judged.method(DRAWN, p, partial(judged.drawn, prompt))
     judged.base(study.base_pictures, pipes.draw_base)
     photographs = [p for p, prompt in enumerate(prompts) if prompt.style == "photo"][:INTERPOLATED]
     if photographs:
-        judged.between(INTERPOLATION, study.interpolation_weights, partial(pipes.draw_between, judged), photographs)
-        judged.between(MIXING, [None], partial(pipes.draw_between, judged), photographs)
+        between = partial(pipes.draw_between, prompts)
+        if study.interpolation_weights:
+            judged.between(INTERPOLATION, study.interpolation_weights, between, photographs)
+        judged.between(MIXING, [None], between, photographs)
     paths = write_results(study, judged.results(), args.output_dir)
     print(f"Done: {', '.join(map(str, paths))}")
     return 0
@@ -96,6 +100,8 @@ def changed(study: "StudyConfig", args: argparse.Namespace) -> "StudyConfig":
     if steps is not None:
         study = dataclasses.replace(study, sampling={**study.sampling, "steps": steps})
     if args.methods:
+        from infinite_id_jax.evaluation.study import DRAWN, REFERENCE, TEXT_ONLY
+
         known = {method.name for method in study.methods}
         if unknown := sorted(set(args.methods) - known):
             raise InputError(f"--methods {', '.join(unknown)}: choose from {', '.join(sorted(known))}.")
@@ -123,7 +129,9 @@ def check(study: "StudyConfig") -> None:
         check_adapter(Path(path), unet)
 
 
-def settle(study: "StudyConfig", folder: Path) -> None:
+def settle(
+    study: "StudyConfig", world: "World", people: "Sequence[Person]", prompts: "Sequence[Prompt]", folder: Path
+) -> None:
     """Note what is measured in DIR/study.json. Raises InputError where the folder holds scores of another study."""
     from infinite_id_jax.files import fingerprint, save_json
     from infinite_id_jax.weights.folder import resolve
@@ -131,13 +139,14 @@ def settle(study: "StudyConfig", folder: Path) -> None:
     content = {
         "model": fingerprint(resolve(study.model)),
         "adapters": {name: fingerprint(Path(path)) for name, path in sorted(study.adapters.items())},
-        "identities": study.identities,
-        "prompts": study.prompts,
+        "world": world.name,
+        "identities": [person.name for person in people],
+        "prompts": [prompt.text for prompt in prompts],
         "group": study.group,
         "sampling": dict(study.sampling),
         "faces": study.faces if isinstance(study.faces, str) else study.faces.name,
         "interpolation_weights": study.interpolation_weights,
-        "base_pictures": study.base_pictures,
+        "base_prompts": [prompt.text for prompt in world.random_prompts(study.base_pictures)],
         "methods": {m.name: [m.adapter, _plain(m.photo), _plain(m.style), m.shrink] for m in study.methods},
     }
     path = folder / "study.json"
@@ -152,38 +161,42 @@ def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 class Pipelines:
-    """The model with each adapter, one at a time in memory, and what is drawn with it."""
+    """The model with one adapter at a time, everybody as that adapter sees them, and what is drawn with it."""
 
-    def __init__(self, study: "StudyConfig") -> None:
-        self._study = study
-        self._loaded: dict[str, InfiniteIDPipeline] = {}
-        self._identities: dict[tuple[str, int], list[Identity]] = {}
+    def __init__(self, study: "StudyConfig", people: "Sequence[Person]") -> None:
+        self._study, self._people = study, people
+        self._loaded: dict[str, tuple[InfiniteIDPipeline, dict[int, list[Identity]]]] = {}
         # XLA does not come back before a picture ends; in a thread of its own it lets this one hear Ctrl-C.
         self._worker = ThreadPoolExecutor(1)
 
-    def draw(self, method: "Method", judged: "Judged", p: int, settings: Mapping[str, Any]) -> "np.ndarray":
+    def draw(self, method: "Method", prompt: "Prompt", p: int, settings: Mapping[str, Any]) -> "np.ndarray":
         """Everybody in one prompt."""
         import numpy as np
 
-        identities = self._encoded(method, judged.people)
+        identities = self._load(method.adapter)[1][method.shrink]
         size = min(self._study.group, len(identities))
         found = []
         for g, start in enumerate(range(0, len(identities), size)):
             some = identities[start : start + size]
             padded = some + some[-1:] * (size - len(some))  # one shape, one program
-            images = self._call(method.adapter, judged.prompts[p].text, padded, seed=seed(p, g), **settings)
+            images = self._call(method.adapter, prompt.text, padded, seed=seed(p, g), **settings)
             found.append(images[: len(some)])
         return np.concatenate(found)
 
-    def draw_text(self, judged: "Judged", p: int) -> "np.ndarray":
+    def given(self, method: "Method") -> list[dict[str, float]]:
+        """Whether a face was found in each person's photo, of a method that makes it smaller."""
+        identities = self._load(method.adapter)[1][method.shrink]
+        return [{"photo_face": float(identity.face is not None)} for identity in identities]
+
+    def draw_text(self, prompt: "Prompt", p: int) -> "np.ndarray":
         """The text stream's own pictures, one for each group, shown to all of its people."""
         import numpy as np
 
-        size = min(self._study.group, len(judged.people))
-        groups = range(-(-len(judged.people) // size))
-        texts = [judged.prompts[p].text] * len(groups)
+        size = min(self._study.group, len(self._people))
+        groups = range(-(-len(self._people) // size))
+        texts = [prompt.text] * len(groups)
         images = self._call(self._any(), texts, None, seed=[seed(p, g) for g in groups])
-        return np.repeat(images, size, axis=0)[: len(judged.people)]
+        return np.repeat(images, size, axis=0)[: len(self._people)]
 
     def draw_base(self, prompts: "Sequence[Prompt]", start: int) -> "np.ndarray":
         """A picture of each prompt, by the text alone."""
@@ -191,14 +204,14 @@ class Pipelines:
         return self._call(self._any(), [prompt.text for prompt in prompts], None, seed=seeds)
 
     def draw_between(
-        self, judged: "Judged", first: "Person", second: "Person", weights: Sequence[float | None], p: int
+        self, prompts: "Sequence[Prompt]", first: int, weights: Sequence[float | None], p: int
     ) -> "np.ndarray":
-        """Pictures on the way from one person's tokens to another's (Fig. 14); None: both side by side (Fig. 13)."""
+        """Pictures on the way from one person's tokens to the next's (Fig. 14); None: both side by side (Fig. 13)."""
         method = self._study.methods[0]
-        pipe = self._pipe(method.adapter)
-        both = [pipe.encode_identity(person.photo) for person in (first, second)]
+        pipe, identities = self._load(method.adapter)
+        both = identities[1][first : first + 2]
         mixed = [pipe.mix_identities(both, None if weight is None else [1 - weight, weight]) for weight in weights]
-        return self._call(method.adapter, judged.prompts[p].text, mixed, seed=seed(p, 0), **(method.photo or {}))
+        return self._call(method.adapter, prompts[p].text, mixed, seed=seed(p, first // 2), **(method.photo or {}))
 
     def _any(self) -> str:
         return next(iter(self._loaded), next(iter(self._study.adapters)))
@@ -206,35 +219,49 @@ class Pipelines:
     def _call(self, adapter: str, *args: Any, **settings: Any) -> "np.ndarray":
         import numpy as np
 
-        pipe = self._pipe(adapter)
+        pipe, _ = self._load(adapter)
         every = {**self._study.sampling, **settings, "output": "numpy"}
         images = self._worker.submit(pipe, *args, **every).result().images
         assert isinstance(images, np.ndarray)
         return np.rint(images * 255).astype(np.uint8)
 
-    def _pipe(self, adapter: str) -> "InfiniteIDPipeline":
+    def _load(self, adapter: str) -> "tuple[InfiniteIDPipeline, dict[int, list[Identity]]]":
+        """The pipeline and {how much smaller the photos were made: everybody}, encoded before anything is drawn."""
         from infinite_id_jax import InfiniteIDPipeline
 
         if adapter not in self._loaded:
             self._loaded.clear()
-            self._loaded[adapter] = InfiniteIDPipeline.from_pretrained(
-                self._study.model, self._study.adapters[adapter], faces=self._study.faces
-            )
+            path = self._study.adapters[adapter]
+            pipe = InfiniteIDPipeline.from_pretrained(self._study.model, path, faces=self._study.faces)
+            whole = [encoded(pipe, person) for person in self._people]
+            identities = {1: whole}
+            for by in {method.shrink for method in self._study.methods if method.adapter == adapter} - {1}:
+                both = zip(self._people, whole, strict=True)
+                identities[by] = [encoded_smaller(pipe, person, by, identity) for person, identity in both]
+            self._loaded[adapter] = pipe, identities
         return self._loaded[adapter]
 
-    def _encoded(self, method: "Method", people: "Sequence[Person]") -> "list[Identity]":
-        from infinite_id_jax.images import shrunk
 
-        key = (method.adapter, method.shrink)
-        if key not in self._identities:
-            pipe = self._pipe(key[0])
-            photos = [shrunk(person.photo, method.shrink) for person in people]
-            self._identities[key] = [pipe.encode_identity(photo) for photo in photos]
-        return self._identities[key]
+def encoded(pipe: "InfiniteIDPipeline", person: "Person") -> "Identity":
+    """Somebody as the adapter sees them. Raises NoFaceError, with their name, for a photo without a face."""
+    try:
+        return pipe.encode_identity(person.photo)
+    except NoFaceError:
+        raise NoFaceError(f"No face was found in the photo of {person.name}: leave them out of the study.") from None
+
+
+def encoded_smaller(pipe: "InfiniteIDPipeline", person: "Person", by: int, whole: "Identity") -> "Identity":
+    """The same of a smaller photo; nobody, whom no face belongs to, where that shows none."""
+    from infinite_id_jax.images import shrunk
+
+    try:
+        return pipe.encode_identity(shrunk(person.photo, by))
+    except NoFaceError:
+        return dataclasses.replace(whole, tokens=whole.unconditional, face=None)
 
 
 def seed(p: int, group: int) -> int:
-    """Of the noise of a prompt that a group of people shares."""
+    """Of the noise of a prompt that a group of people, or a pair, shares."""
     return 1000 * p + group
 
 

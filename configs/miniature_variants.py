@@ -1,36 +1,60 @@
 """What METHOD leaves open, tried in the miniature: each choice against the defaults of configs/miniature.py.
 
-python evaluate.py --config configs/miniature_variants.py --output-dir outputs/miniature_variants
+    python evaluate.py --config configs/miniature_variants.py --output-dir outputs/miniature_variants
+
+On people of their own: whatever is chosen by its figures is chosen here, and never on the people of the study, whose
+figures would then be too good.
 """
 
 import dataclasses
+from typing import Any
 
+from configs.miniature import MODEL
 from configs.miniature import study as defaults
 from infinite_id_jax.evaluation.study import Claim, Method
+from infinite_id_jax.evaluation.world import World
+
+_FIRST = 1000  # the study's people are those before
+
+
+def world() -> World:
+    """The study's prompts and judges, and other people."""
+    from miniature.world import MiniatureWorld
+
+    return MiniatureWorld(MODEL, first=_FIRST)
+
 
 _MEAN = {"style_merge": "adain_mean"}
+_METRICS = {"m_face": "M_Face", "clip_t": "CLIP-T", "prompted": "the accuracy of prompted attributes"}
 _VARIANTS = (
-    ("pooled_zeros", "no pooled text in the identity stream", {"pooled_text": "zeros"}),
-    ("shared", "both streams on the same latents", {"text_stream": "shared"}),
-    ("mean_everywhere", "AdaIN-mean in photographs too", _MEAN),
-    ("late_mixing", "mixed attention in the second half of the steps", {"step_range": (10, None)}),
-    ("early_mixing", "mixed attention in the first half of the steps", {"step_range": (0, 10)}),
-    ("identity_0.7", "identity weighted by 0.7", {"id_scale": 0.7}),
-    ("guidance_3", "guidance of 3", {"guidance_scale": 3.0}),
+    ("pooled_zeros", "without the pooled text in the identity stream", {"pooled_text": "zeros"}),
+    ("shared", "with both streams on the same latents", {"text_stream": "shared"}),
+    ("mean_everywhere", "with AdaIN-mean in photographs too", _MEAN),
+    ("late_mixing", "with mixed attention in the second half of the steps alone", {"step_range": (10, None)}),
+    ("early_mixing", "with mixed attention in the first half of the steps alone", {"step_range": (0, 10)}),
+    ("identity_0.7", "with the identity weighted by 0.7", {"id_scale": 0.7}),
+    ("guidance_3", "with a guidance of 3", {"guidance_scale": 3.0}),
 )
+
+
+def _method(name: str, title: str, changes: dict[str, Any]) -> Method:
+    style = None if changes == _MEAN else {**_MEAN, **changes}  # where the default has AdaIN-mean already
+    return Method(name, title, "full", changes, style)
+
 
 study = dataclasses.replace(
     defaults,
+    world=world,
     identities=50,
     prompts=10,
     methods=(
         Method("full", "Infinite-ID", "full", {}, _MEAN),
-        *(Method(name, title, "full", changes, {**_MEAN, **changes}) for name, title, changes in _VARIANTS),
+        *(_method(name, title, changes) for name, title, changes in _VARIANTS),
     ),
     claims=tuple(
-        Claim(f"{metric} with {title}, against the default", metric, name, "full")
+        Claim(f"{title[0].upper()}{title[1:]}, {called} is higher", metric, name, "full")
         for name, title, _ in _VARIANTS
-        for metric in ("m_face", "clip_t", "prompted")
+        for metric, called in _METRICS.items()
     ),
     interpolation_weights=(),
     base_pictures=0,

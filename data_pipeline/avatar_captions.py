@@ -298,10 +298,11 @@ PROMPTS: tuple[tuple[dict[str, str], str, str], ...] = (
     ),
     _prompt(
         "photo",
-        "a photo of a person in an orange hoodie, gritting their teeth, in the snow",
+        "a photo of a person in an orange hoodie, gritting their teeth, with a bobble hat, in the snow",
         clothing="hoodie",
         clothing_colour="orange",
         expression="gritting teeth",
+        hat="bobble hat",
         background="snow",
     ),
     _prompt(
@@ -344,9 +345,10 @@ PROMPTS: tuple[tuple[dict[str, str], str, str], ...] = (
     ),
     _prompt(
         "dark comic",
-        "a dark comic of a person in a red hoodie, in a city at night",
+        "a dark comic of a person in a red hoodie, with a helmet, in a city at night",
         clothing="hoodie",
         clothing_colour="red",
+        hat="helmet",
         background="city",
     ),
     _prompt(

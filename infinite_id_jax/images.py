@@ -76,10 +76,11 @@ def watermark(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(encoder.encode(bgr, "dwtDct")[..., ::-1]))
 
 
-def shrunk(photo: UInt8[np.ndarray, "H W 3"], by: int) -> UInt8[np.ndarray, "h w 3"]:
-    """A photo of a `by`-th of its sides, as if taken from further away."""
-    height, width = (max(1, side // by) for side in photo.shape[:2])
-    return np.asarray(Image.fromarray(photo).resize((width, height), Image.Resampling.BOX))
+def shrunk(photo: UInt8[np.ndarray, "H W 3"], by: int) -> UInt8[np.ndarray, "H W 3"]:
+    """A photo with the detail of a `by`-th of its sides: as if taken from further away, and enlarged."""
+    height, width = photo.shape[:2]
+    small = Image.fromarray(photo).resize((max(1, width // by), max(1, height // by)), Image.Resampling.BOX)
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def thumbnail(path: Path, *, size: int = GRID_CELL) -> Image.Image:

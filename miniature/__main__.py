@@ -26,7 +26,7 @@ from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
 from infinite_id_jax.weights.export import save_tensors, save_weights
 from infinite_id_jax.weights.folder import MINIATURE
 from infinite_id_jax.weights.load import load_module
-from miniature import clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
+from miniature import check, clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
 
 CONFIG = Path(__file__).parent.parent / "configs" / "miniature.py"
 
@@ -37,7 +37,7 @@ def train_vae(folder: Path) -> None:
 
 
 def polish_decoder(folder: Path) -> None:
-    """Latents stay as they are, so that this may come before or after all that is trained on them."""
+    """Latents stay as they are, so that this may come before or after the U-Net's training."""
     model = polish.polish(folder / "polish", read_vae(folder), drawn(folder, "base"))
     save_module(model, folder / "model" / "vae")
 
@@ -71,18 +71,18 @@ def train_recogniser(folder: Path) -> None:
 
 def train_judge_attributes(folder: Path) -> None:
     arrays = judges.train_attributes(folder / "judge_attributes", drawn(folder, "judge"))
-    save_arrays(arrays, folder / "model" / "judges" / "attributes")
+    save_arrays(arrays, folder / "judges" / "attributes")
 
 
 def train_judge_recogniser(folder: Path) -> None:
     arrays = faces.train_recogniser(folder / "judge_recogniser", drawn(folder, "judge"), judges.RECOGNISER, seed=13)
-    save_arrays(arrays, folder / "model" / "judges" / "recogniser")
+    save_arrays(arrays, folder / "judges" / "recogniser")
 
 
 def train_judge_clip(folder: Path) -> None:
     model = clip.train_judge(folder / "judge_clip", drawn(folder, "judge"))
-    save_module(model.vision, folder / "model" / "judges" / "image_encoder")
-    save_module(model.texts[0], folder / "model" / "judges" / "text_encoder")
+    save_module(model.vision, folder / "judges" / "image_encoder")
+    save_module(model.texts[0], folder / "judges" / "text_encoder")
 
 
 def train_unet(folder: Path) -> None:
@@ -116,6 +116,7 @@ def train_adapter(folder: Path, name: str, *settings: str) -> None:
 def ship(folder: Path) -> None:
     """Put the model, its judges and both adapters where the package looks for them, in half precision."""
     shutil.copytree(folder / "model", MINIATURE, dirs_exist_ok=True)
+    shutil.copytree(folder / "judges", MINIATURE / "judges", dirs_exist_ok=True)
     for name in ("adapter", "adapter_entangled"):
         trained = folder / name / "adapter"
         tensors = load_file(trained / "adapter.safetensors")
@@ -136,6 +137,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "judge_clip": train_judge_clip,
     "unet": train_unet,
     "assemble": assemble,
+    "check": lambda folder: check.write(folder, functools.partial(drawn, folder)),
     "photos": write_photos,
     "adapter": lambda folder: train_adapter(folder, "adapter"),
     "entangled": lambda folder: train_adapter(folder, "adapter_entangled", "method.entangled=True"),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import UInt8
 from PIL import Image
 
 from data_pipeline.avatar_captions import with_looks
@@ -49,7 +50,7 @@ SECOND = dataclasses.replace(
     hidden_act="gelu",
     architectures=("CLIPTextModelWithProjection",),
 )
-BUDGET = Budget(steps=1000, batch_size=128, learning_rate=1e-3)
+BUDGET = Budget(steps=2000, batch_size=128, learning_rate=1e-3)
 # The judge sees other pictures, of other people, in other pieces.
 JUDGE_VISION = dataclasses.replace(VISION, num_hidden_layers=3, image_size=128, patch_size=16)
 _LENGTH = 44  # tokens in training: later positions are padding, which causal attention hides from a text's end
@@ -98,7 +99,8 @@ def _train(model: Contrast, folder: Path, drawn: pictures.Pictures, budget: Budg
 
     def batch_at(step: int) -> Batch:
         chosen = rows(seed, step, budget.batch_size, len(drawn.images))
-        images = [picture_for(drawn.images[i], drawn.keypoints[i], size, head=k % 2 == 0) for k, i in enumerate(chosen)]
+        rng = np.random.default_rng((seed + 1, step))
+        images = [_seen(drawn.images[i], drawn.keypoints[i], size, rng) for i in chosen]
         texts = [text_of(tokenize, drawn, int(i), step, every=2) for i in chosen]
         ids = tokenize(texts)[:, :_LENGTH]
         ids[:, -1] = tokenize.eos_id  # of the few that are longer: without an end nothing could be read off
@@ -107,9 +109,13 @@ def _train(model: Contrast, folder: Path, drawn: pictures.Pictures, budget: Budg
     return fit_module(model, loss, batch_at, budget, folder)
 
 
-def picture_for(image: np.ndarray, keypoints: np.ndarray, size: int, *, head: bool) -> np.ndarray:
-    """The whole picture, or the crop of the head that identities are encoded from."""
-    if head:
+def _seen(
+    image: UInt8[np.ndarray, "s s 3"], keypoints: np.ndarray, size: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "size size 3"]:
+    """The whole picture or, as often, the head that identities are encoded from; one in four from a smaller one."""
+    if rng.random() < 0.25:
+        image = pictures.softened(image, int(pictures.SIZE / rng.uniform(1.3, 8)))
+    if rng.random() < 0.5:
         return clip_crop(image, Face((0.0, 0.0, 0.0, 0.0), 1.0, keypoints.astype(np.float64)), size)
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 

@@ -6,24 +6,39 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from configs.miniature import config
 from infinite_id_jax.files import replacing
+
+_BATCH = config.data.batch_size  # of the adapters
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """{part: lines of its curve.jsonl} of all parts that were trained."""
-    return {
+    """{part: lines} of all parts that were trained here, and of the adapters, whose metrics.csv train.py writes."""
+    parts = {
         path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted(folder.glob("*/curve.jsonl"))
     }
+    for path in sorted(folder.glob("*/metrics.csv")):
+        with path.open(newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        parts[path.parent.name] = [row for row in rows if "loss" in row]
+    return parts
 
 
-def seconds(lines: list[dict[str, Any]]) -> float:
-    """The time that a training took; each going on began to count anew."""
-    total, before = 0.0, 0.0
+def minutes(lines: list[dict[str, Any]], batch_size: int) -> float:
+    """What a training took: of each run, which began at some step, the longest time; or by images a second."""
+    if "images_per_second" in lines[0]:
+        before = 0.0
+        total = 0.0
+        for line in lines:
+            total += (line["step"] - before) * batch_size / line["images_per_second"]
+            before = line["step"]
+        return total / 60
+    runs: dict[int, float] = {}
     for line in lines:
-        total += line["seconds"] - before if line["seconds"] >= before else line["seconds"]
-        before = line["seconds"]
-    return total
+        began = line.get("began", 0)
+        runs[began] = max(runs.get(began, 0.0), line["seconds"])
+    return sum(runs.values()) / 60
 
 
 def main(folder: Path, picture: Path, table: Path) -> int:
@@ -41,11 +56,11 @@ def main(folder: Path, picture: Path, table: Path) -> int:
         figure.savefig(beside, format="png", dpi=100)
     with replacing(table) as beside, beside.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["part", "steps", "minutes", "last figures"])
+        writer.writerow(["part", "steps", "minutes", "loss at the end"])
         for name, lines in parts.items():
-            last = {key: value for key, value in lines[-1].items() if key not in ("step", "seconds", "gradient")}
-            said = ", ".join(f"{key} {value:.3g}" for key, value in last.items())
-            writer.writerow([name, lines[-1]["step"], round(seconds(lines) / 60, 1), said])
+            writer.writerow(
+                [name, int(lines[-1]["step"]), round(minutes(lines, _BATCH), 1), f"{lines[-1]['loss']:.4g}"]
+            )
     return 0
 
 

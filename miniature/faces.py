@@ -81,7 +81,7 @@ def disturbed(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     size = crop.shape[0] - 2 * _SHIFT
     crop = crop[y : y + size, x : x + size]
     if rng.random() < 0.33:
-        crop = pictures.softened(crop, int(size / rng.uniform(1.3, 5)))
+        crop = pictures.softened(crop, int(size / rng.uniform(1.3, 8)))
     return np.clip(crop * rng.uniform(0.85, 1.15), 0, 255).astype(np.uint8)
 
 

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
-from infinite_id_jax.files import replacing
+from infinite_id_jax.errors import InputError
+from infinite_id_jax.files import replacing, save_json
 from infinite_id_jax.typing import Array
 
 M = TypeVar("M", bound=nnx.Module)
@@ -47,22 +48,36 @@ class _State(NamedTuple):
     step: Array
 
 
-def fit_module(module: M, loss: Loss, batch_at: Callable[[int], Batch], budget: Budget, folder: Path) -> M:
+def fit_module(
+    module: M, loss: Loss, batch_at: Callable[[int], Batch], budget: Budget, folder: Path, *, over: str = ""
+) -> M:
     """`fit` of a module's arrays; `loss` gets the module."""
     graph, arrays = nnx.split(module)
-    fitted = fit(arrays, lambda arrays, *rest: loss(nnx.merge(graph, arrays), *rest), batch_at, budget, folder)
-    return nnx.merge(graph, fitted)
+
+    def of_arrays(arrays: Any, *rest: Any) -> tuple[Array, dict[str, Array]]:
+        return loss(nnx.merge(graph, arrays), *rest)
+
+    return nnx.merge(graph, fit(arrays, of_arrays, batch_at, budget, folder, over=over))
 
 
 def fit(
-    arrays: T, loss: Loss, batch_at: Callable[[int], Batch], budget: Budget, folder: Path, *, log_every: int = 50
+    arrays: T,
+    loss: Loss,
+    batch_at: Callable[[int], Batch],
+    budget: Budget,
+    folder: Path,
+    *,
+    over: str = "",
+    log_every: int = 50,
 ) -> T:
     """Train a tree of arrays on `batch_at(0)`, `batch_at(1)`, ...; the average of its values.
 
     folder/state.npz holds where it stands, every five minutes; folder/curve.jsonl the figures of `loss`. A finished
-    training is not repeated.
+    training is not repeated. `over` tells apart what the training stands on, such as frozen encoders. Raises InputError
+    where the folder holds a training of another budget, other shapes or over something else.
     """
     vector, unravel = ravel_pytree(arrays)
+    _settle(folder / "training.json", {**budget._asdict(), "numbers": vector.size, "over": over})
     optimizer = _optimizer(budget)
 
     def losses(weights: Array, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
@@ -93,7 +108,10 @@ def fit(
             progress.update()
             if (step + 1) % log_every == 0 or step + 1 == budget.steps:
                 means = {key: float(np.mean([one[key] for one in logged])) for key in figures}
-                _log(folder / "curve.jsonl", {"step": step + 1, "seconds": time.monotonic() - began, **means})
+                _log(
+                    folder / "curve.jsonl",
+                    {"step": step + 1, "began": start, "seconds": time.monotonic() - began, **means},
+                )
                 progress.set_postfix({key: f"{value:.4g}" for key, value in means.items()}, refresh=False)
                 logged = []
             if time.monotonic() - saved > 300:
@@ -121,6 +139,14 @@ def _ahead(batch_at: Callable[[int], Batch], steps: range) -> Iterator[tuple[int
             batch = coming.result()
             coming = pool.submit(batch_at, step + 1)
             yield step, batch
+
+
+def _settle(path: Path, content: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.is_file() else content
+    if known != content:
+        changed = ", ".join(f"{n} {known.get(n)}, now {v}" for n, v in content.items() if known.get(n) != v)
+        raise InputError(f"{path.parent} holds another training ({changed}): delete it, or name another folder.")
+    save_json(content, path)
 
 
 def _restore(state: _State, folder: Path) -> _State:

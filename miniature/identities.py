@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+from PIL import Image
+
 from data_pipeline.generated import Drawing, DrawnPhoto, write_drawn
 from infinite_id_jax.errors import NoFaceError
 from infinite_id_jax.faces.extract import extract_face
 from infinite_id_jax.faces.miniature import RECOGNISER, MiniatureFaces
 from infinite_id_jax.files import fingerprint
+from infinite_id_jax.stable_diffusion.clip_vision import resize_and_crop
 from miniature import pictures
 
 
@@ -18,10 +21,11 @@ def write(folder: Path, model: Path, drawn: pictures.Pictures) -> None:
     def draw(person: int, photo: int, clip_size: int) -> DrawnPhoto:
         i = person * photos + photo
         try:
-            face = extract_face(drawn.images[i], faces, crop_size=clip_size)
+            face = extract_face(drawn.images[i], faces)
         except NoFaceError:  # as the offline stage does, without a photo; here there must be one
             raise RuntimeError(f"The detector finds nobody in picture {i}: train it longer.") from None
-        return DrawnPhoto(drawn.images[i], drawn.captions[i], face.clip_crop, face.recogniser_crop, face.embedding)
+        head = resize_and_crop(Image.fromarray(face.clip_crop), clip_size)  # as the pipeline shows it to CLIP
+        return DrawnPhoto(drawn.images[i], drawn.captions[i], head, face.recogniser_crop, face.embedding)
 
     parameters = ("identity", len(drawn.images), fingerprint(model / "faces"))
     write_drawn(

@@ -1,7 +1,7 @@
 """The miniature's world as the evaluation sees it: people nobody was trained on, prompts, and the judges."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from infinite_id_jax.evaluation.world import Person, Pictures, Prompt, Seen
 from infinite_id_jax.faces import small_resnet
 from infinite_id_jax.faces.align import clip_crop
 from infinite_id_jax.faces.miniature import MiniatureFaces, aligned, network
+from infinite_id_jax.files import fingerprint
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess
 from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
@@ -32,8 +33,9 @@ _LOOKS = ("skin", "hair", "hair_colour", "facial_hair", "brows", "nose", "glasse
 class MiniatureWorld:
     """People and prompts of avatars.py, judged by the networks in the model's judges/ (`evaluation.world.World`)."""
 
-    def __init__(self, model: Path) -> None:
-        """Raises InputError where a judge is missing."""
+    def __init__(self, model: Path, *, first: int = 0) -> None:
+        """`first` is the number of the first person. Raises InputError where a judge is missing."""
+        self._first, self._model = first, model
         self._faces = MiniatureFaces(model / "faces")
         folder = model / "judges"
         self._attributes = network(folder / "attributes.safetensors", judges.ATTRIBUTES)
@@ -45,11 +47,28 @@ class MiniatureWorld:
         self._read = _compiled(text, lambda module, ids: clip.unit(module(ids).pooled))
         self._tokenize = CLIPTokenizer.from_folder(model / "tokenizer")
 
+    @property
+    def name(self) -> str:
+        """The judges' fingerprint."""
+        return f"miniature {fingerprint(self._model / 'judges')}"
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """All of them in the model's judges/."""
+        clip_judge = "a CLIP of the miniature, trained apart from its text and image encoders"
+        return {
+            "m_face": "a recogniser of the miniature, trained apart from the one that conditions",
+            "clip_i": f"{clip_judge}, of faces",
+            "clip_t": f"{clip_judge}, of pictures and texts",
+            "attributes": "a classifier of the miniature's attributes",
+        }
+
     def people(self, count: int) -> list[Person]:
-        """The first people of the test split, hatless."""
-        if count > avatars.PEOPLE["test"]:
-            raise InputError(f"There are {avatars.PEOPLE['test']} test people: take no more identities than that.")
-        return [_person(i) for i in range(count)]
+        """People of the test split, hatless."""
+        known = avatars.PEOPLE["test"] - self._first
+        if count > known:
+            raise InputError(f"There are {known} test people: take no more identities than that.")
+        return [_person(i) for i in range(self._first, self._first + count)]
 
     def prompts(self, count: int) -> list[Prompt]:
         """Of avatar_captions.PROMPTS, photographs and other styles by turns."""
@@ -61,12 +80,12 @@ class MiniatureWorld:
         return turns[:count]
 
     def random_prompts(self, count: int) -> list[Prompt]:
-        """All attributes said, all styles by turns."""
+        """All attributes said, all styles by turns; no hat and no accessory are not something that is said."""
         found = []
         for i in range(count):
             scene = avatars.complete({}, 10**7 + i)
             style = avatars.CLASSES["style"][i % len(avatars.CLASSES["style"])]
-            said = {name: str(value) for name, value in asdict(scene).items()}
+            said = {name: str(value) for name, value in asdict(scene).items() if value != "none"}
             found.append(Prompt(caption(scene, style, i), style, said))
         return found
 
@@ -121,10 +140,11 @@ class MiniatureWorld:
 
     def expected(self, person: Person, prompt: Prompt) -> tuple[dict[str, str], dict[str, str]]:
         """What a right picture shows, of the prompt and of the person."""
-        labels = avatars.attributes(avatars.Person(**person.look), prompt.attributes, prompt.style)
-        shown = {name: avatars.CLASSES[name][label] for name, label in labels.items() if label >= 0}
-        asked = {name: value for name, value in shown.items() if name in (*prompt.attributes, "style")}
-        return asked, {name: value for name, value in shown.items() if name in _LOOKS}
+        return _shown(avatars.Person(**person.look), prompt)
+
+    def asked(self, prompt: Prompt) -> dict[str, str]:
+        """As of somebody whose beard hides nothing."""
+        return _shown(replace(avatars.person(0, "test"), facial_hair="none"), prompt)[0]
 
     def chance(self) -> dict[str, float]:
         """Of people and of what is drawn where a prompt leaves it open."""
@@ -137,6 +157,13 @@ class MiniatureWorld:
                 values = [value for value in values if value in avatars.CLASSES[name]]
                 shares[name] = max(values.count(value) for value in set(values)) / len(values)
         return shares
+
+
+def _shown(person: avatars.Person, prompt: Prompt) -> tuple[dict[str, str], dict[str, str]]:
+    labels = avatars.attributes(person, prompt.attributes, prompt.style)
+    shown = {name: avatars.CLASSES[name][label] for name, label in labels.items() if label >= 0}
+    asked = {name: value for name, value in shown.items() if name in (*prompt.attributes, "style")}
+    return asked, {name: value for name, value in shown.items() if name in _LOOKS}
 
 
 def _person(i: int) -> Person:

@@ -43,7 +43,7 @@ from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
 from infinite_id_jax.weights.folder import MINIATURE, describe_base, load_base, load_image_encoder, resolve
 from infinite_id_jax.weights.load import abstract, load_module
 from miniature import __main__ as program
-from miniature import clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
+from miniature import check, clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
 from miniature import fit as fit_module
 from miniature.fit import Budget, fit
 from miniature.world import MiniatureWorld
@@ -101,9 +101,10 @@ def test_an_interrupted_training_goes_on_as_if_it_never_was(whole, tmp_path):
     assert seen[0] == 27
     assert_same(fitted, whole[1])
     assert [line["step"] for line in curve(tmp_path)] == [10, 20, 30, 40, 50, 60]
+    assert [line["began"] for line in curve(tmp_path)] == [0, 0, 27, 27, 27, 27]
     # Between 27 and 30 there are fewer steps to average over; all other figures are the same.
     for i in (0, 1, 3, 4, 5):
-        ours, theirs = ({**curve(folder)[i], "seconds": 0} for folder in (tmp_path, whole[0]))
+        ours, theirs = ({**curve(folder)[i], "seconds": 0, "began": 0} for folder in (tmp_path, whole[0]))
         assert ours == theirs
 
 
@@ -124,6 +125,13 @@ def test_a_killed_training_logs_nothing_twice(whole, tmp_path):
         file.write('{"step": 3')
     assert_same(toy_fit(tmp_path), whole[1])
     assert [line["step"] for line in curve(tmp_path)] == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_training_is_not_mixed_up_with_another(whole):
+    with pytest.raises(InputError, match=r"holds another training \(steps 60, now 61\): delete it"):
+        toy_fit(whole[0], budget=TOY._replace(steps=61))
+    with pytest.raises(InputError, match="over , now other encoders"):
+        fit(START, toy_loss, toy_batch, TOY, whole[0], over="other encoders")
 
 
 def test_a_finished_training_is_not_repeated(whole):
@@ -711,8 +719,9 @@ def untrained(drawn_folder, tmp_path_factory):
             patch.setattr(module, "fit", traced)
         for module, name in ((vae, "AutoencoderKL"), (clip, "CLIPTextModel"), (clip, "CLIPVisionModel")):
             patch.setattr(module, name, at_once(getattr(module, name)))
-        parts = [name for name in program.PARTS if name not in ("pictures", "photos", "adapter", "entangled", "ship")]
-        assert program.main([str(folder), *parts]) == 0
+        left_out = ("pictures", "photos", "adapter", "entangled", "check", "ship")
+        assert program.main([str(folder), *(name for name in program.PARTS if name not in left_out)]) == 0
+    (folder / "model" / "judges").symlink_to(folder / "judges")  # where `ship` puts them
     return folder
 
 
@@ -723,8 +732,9 @@ def test_the_parts_make_a_model_that_loads(untrained):
     assert described.settings.schedule == unet.SCHEDULE
     load_base(untrained / "model")
     assert load_image_encoder(untrained / "model" / "image_encoder").config == clip.VISION
-    total = sum(path.stat().st_size for path in (untrained / "model").rglob("*.safetensors"))
-    assert total < 36e6  # of the 40 MB that the package may grow by, adapters included
+    files = {path.resolve() for part in ("model", "judges") for path in (untrained / part).rglob("*.safetensors")}
+    total = sum(path.stat().st_size for path in files)
+    assert total < 37e6  # of the 40 MB that the package may grow by, adapters included
 
 
 def test_the_configuration_fits_the_model(untrained):
@@ -799,7 +809,8 @@ def test_the_world_asks_for_what_a_right_picture_shows(untrained):
     )
     np.testing.assert_array_equal(world.drawn(people[1], beach), again)
     for prompt in world.random_prompts(18):
-        assert len(prompt.attributes) == 7
+        assert {"clothing", "clothing_colour", "expression", "background", "view"} <= prompt.attributes.keys()
+        assert "none" not in prompt.attributes.values()
     assert {prompt.style for prompt in world.random_prompts(18)} == set(avatars.CLASSES["style"])
     for name, share in world.chance().items():
         assert 1 / len(avatars.CLASSES[name]) <= share < 0.8
@@ -810,8 +821,42 @@ def test_the_world_asks_for_what_a_right_picture_shows(untrained):
         world.prompts(21)
 
 
+def test_people_are_looked_for_among_others(tmp_path, monkeypatch):
+    """Of people whose photos are all alike each is found; of people who swapped half of them, half."""
+    monkeypatch.setattr(check, "_PEOPLE", 4)
+    rng = np.random.default_rng(0)
+    photos = pictures.SETS["identity-test"].photos
+    images = np.repeat(rng.integers(256, size=(4, 128, 128, 3)).astype(np.uint8), photos, axis=0)
+    write_faces(tmp_path / "model" / "faces", POINTS / 128 - 0.5, 4.0)
+    config = SmallResNetConfig(size=96, widths=(16, 24), outputs=5)
+    save_file({k: np.asarray(v) for k, v in random_arrays(config).items()}, tmp_path / "other.safetensors")
+    drawn = pictures.Pictures(images, [], np.zeros(0, np.int32), np.zeros((0, 15), np.int8), np.zeros((0, 5, 2)))
+    found = check.rank_1(tmp_path / "other.safetensors", config, tmp_path, drawn)
+    assert found["rank_1"] == 1
+    assert found["cosine_same_person"] == pytest.approx(1, abs=1e-5)
+    assert found["cosine_two_people"] < found["cosine_two_people_95"] < 1 - 1e-5
+    swapped = images.reshape(4, photos, 128, 128, 3)
+    swapped[:, photos // 2 :] = swapped[[1, 0, 3, 2], photos // 2 :]
+    found = check.rank_1(tmp_path / "other.safetensors", config, tmp_path, drawn._replace(images=images))
+    assert found["rank_1"] == pytest.approx((photos // 2 - 1) / (photos - 1))
+
+
+def test_the_judges_accuracy_is_of_what_shows(untrained, drawn_folder):
+    drawn = pictures.read(drawn_folder, "base")
+    path = untrained / "judges" / "attributes.safetensors"
+    logits = judges.split(network(path, judges.ATTRIBUTES)(drawn.images))
+    told = np.stack([np.argmax(one, axis=1) for one in logits.values()], axis=1)
+    labels = told.copy()
+    labels[::2, 0] += 1  # wrong for every other one
+    labels[:1] = -1  # does not show
+    found = check.attributes(path, drawn._replace(labels=labels.astype(np.int8)))
+    count = len(drawn.images)
+    assert found.pop("skin") == pytest.approx(1 - (-(-count // 2) - 1) / (count - 1))
+    assert set(found.values()) == {1.0}
+
+
 def test_missing_judges_are_one_sentence(untrained, tmp_path):
-    shutil.copytree(untrained / "model", tmp_path / "model")
+    shutil.copytree(untrained / "model", tmp_path / "model")  # with what the link to the judges leads to
     (tmp_path / "model" / "judges" / "attributes.safetensors").unlink()
     with pytest.raises(InputError, match=r"attributes.safetensors is missing or damaged: .*\.$"):
         MiniatureWorld(tmp_path / "model")
@@ -865,8 +910,10 @@ def test_the_size_of_a_latent():
 
 
 def test_a_photo_from_further_away():
-    photo = np.zeros((6, 9, 3), np.uint8)
-    photo[:3, :3] = 90
-    assert shrunk(photo, 3).tolist() == [[[90] * 3, [0] * 3, [0] * 3], [[0] * 3] * 3]
+    photo = np.random.default_rng(0).integers(256, size=(24, 36, 3)).astype(np.uint8)
     np.testing.assert_array_equal(shrunk(photo, 1), photo)
-    assert shrunk(photo, 8).shape == (1, 1, 3)
+    means = [np.asarray(Image.fromarray(shrunk(photo, by)).resize((3, 2), Image.Resampling.BOX), int) for by in (1, 4)]
+    assert np.abs(means[0] - means[1]).max() <= 4  # the large is kept; measured: 2
+    assert shrunk(photo, 4).shape == photo.shape
+    assert np.diff(shrunk(photo, 4).astype(int), axis=1).std() < np.diff(photo.astype(int), axis=1).std() / 4
+    assert np.ptp(shrunk(photo, 50), axis=(0, 1)).max() == 0  # one pixel

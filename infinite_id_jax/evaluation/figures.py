@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,12 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _PIXELS_PER_INCH = 72  # of SVG: a pixel is a point
+
+
+def check() -> None:
+    """Raises MissingExtraError without the extra `evaluate`, before hours are spent on what a report will show."""
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("A diagram", "evaluate")
 
 
 def scatter(
@@ -97,11 +104,10 @@ def curve(
 @contextmanager
 def _figure(width: float, height: float) -> "Iterator[tuple[Figure, Axes]]":
     """A figure of its own, without pyplot and the list it keeps of all figures."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("A diagram", "evaluate") from None
+    check()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         figure = Figure((width, height), dpi=_PIXELS_PER_INCH, layout="constrained")
         yield figure, figure.subplots()

@@ -1,7 +1,7 @@
 """Pictures and their scores in a folder, drawn and judged where they are missing."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,11 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
-from infinite_id_jax.evaluation.metrics import cosine
+from infinite_id_jax.evaluation.metrics import cosine, pairwise_cosine
+from infinite_id_jax.evaluation.study import BASE, DRAWN, INTERPOLATION, MIXING, REFERENCE
 from infinite_id_jax.evaluation.world import Person, Pictures, Prompt, Seen, World
 from infinite_id_jax.files import replacing
 from infinite_id_jax.images import save_png
-
-BASE = "base"  # the base alone, on prompts that say everything
-INTERPOLATION, MIXING = "interpolation", "mixing"  # of two people
 
 
 class Results(NamedTuple):
@@ -27,20 +25,24 @@ class Results(NamedTuple):
     base: list[dict[str, Any]]  # of the base's pictures
     steps: list[dict[str, Any]]  # of interpolations: similarity to the first and to the second, by weight
     mixtures: list[dict[str, Any]]  # the same of two people's tokens side by side
-    features: dict[str, Float[np.ndarray, "n f"]]  # of each method's faces
+    features: dict[str, Float[np.ndarray, "n f"]]  # of each method's faces, in the order of its rows
+    faces: dict[str, Float[np.ndarray, "n d"]]  # the judging recogniser's embeddings of them
     people: list[Person]
     prompts: list[Prompt]
     photos: Seen  # of everybody's given photo
     others: Seen  # of everybody's other photos, one person after the other
     chance: dict[str, float]
     judges: dict[str, float]  # accuracy on pictures that the world drew itself
+    judged_by: Mapping[str, str]  # World.judges
 
 
 class Judged:
     """The scores of a study. What the folder already holds is not drawn again."""
 
-    def __init__(self, world: World, people: list[Person], prompts: list[Prompt], folder: Path) -> None:
+    def __init__(self, world: World, people: list[Person], prompts: list[Prompt], group: int, folder: Path) -> None:
+        """`group` neighbouring people share the noise of a prompt."""
         self.world, self.people, self.prompts, self.folder = world, people, prompts, folder
+        self._group = group
         self._texts = world.judge_texts([prompt.text for prompt in prompts])
         self._scored: list[tuple[str, int]] = []
         self._others: list[tuple[str, int]] = []
@@ -58,8 +60,14 @@ class Judged:
         """Everybody as a perfect model would draw them."""
         return np.stack([self.world.drawn(person, prompt) for person in self.people])
 
-    def method(self, name: str, p: int, draw: Callable[[], Pictures]) -> None:
-        """Score a method's pictures of everybody in prompt `p`."""
+    def method(
+        self,
+        name: str,
+        p: int,
+        draw: Callable[[], Pictures],
+        more: Callable[[], Sequence[Mapping[str, float]]] | None = None,
+    ) -> None:
+        """Score a method's pictures of everybody in prompt `p`; `more` gives each person's row further columns."""
         self._scored.append((name, p))
         path = self._path(name, p)
         if path.is_file():
@@ -67,12 +75,14 @@ class Judged:
         images = draw()
         seen = self.world.judge(images)
         rows = [self._row(name, p, i, seen) for i in range(len(self.people))]
+        if more is not None:
+            rows = [{**row, **columns} for row, columns in zip(rows, more(), strict=True)]
         for row, image in zip(rows, images, strict=True):
-            if name not in ("drawn", "reference_copy"):  # which nobody generated
+            if name not in (DRAWN, REFERENCE):  # which nobody generated
                 save_png(Image.fromarray(image), self.folder / row["file"], {"prompt": row["text"], "method": name})
             else:
                 _save_plain(image, self.folder / row["file"])
-        self._save(path, rows, seen.features)
+        self._save(path, rows, seen)
 
     def _row(self, name: str, p: int, i: int, seen: Seen) -> dict[str, Any]:
         person, prompt = self.people[i], self.prompts[p]
@@ -84,12 +94,14 @@ class Judged:
         return {
             "method": name,
             "identity": person.name,
+            "group": i // self._group,
             "prompt": p,
             "style": prompt.style,
             "text": prompt.text,
             "file": f"images/{name}/prompt{p:02}/{person.name}.png",
             "found": float(found),
             "m_face": float(cosine(seen.face[i : i + 1], given.face[i : i + 1])[0]) if found else None,
+            "rank_1": float(found and self._nearest(seen.face[i]) == i),
             "clip_i": float(cosine(seen.clip_face[i : i + 1], given.clip_face[i : i + 1])[0]) if found else None,
             "clip_t": float(seen.clip[i] @ self._texts[p]),
             "prompted": float(np.mean(list(said.values()))),
@@ -97,6 +109,10 @@ class Judged:
             **said,
             **kept,
         }
+
+    def _nearest(self, face: np.ndarray) -> int:
+        """Whose given photo is the most like a face."""
+        return int(np.argmax(np.nan_to_num(pairwise_cosine(face[None], self.seen_photos.face)[0], nan=-2.0)))
 
     def base(self, count: int, draw: Callable[[Sequence[Prompt], int], Pictures], batch: int = 50) -> None:
         """Score the base alone on `count` prompts that say everything."""
@@ -111,35 +127,34 @@ class Judged:
             seen = self.world.judge(images)
             rows = []
             for i, prompt in enumerate(some):
-                asked, _ = self.world.expected(self.people[0], prompt)
+                asked = self.world.asked(prompt)
                 right = {f"prompted_{key}": float(seen.attributes[key][i] == value) for key, value in asked.items()}
                 file = f"images/{BASE}/{start + i:04}.png"
                 save_png(Image.fromarray(images[i]), self.folder / file, {"prompt": prompt.text})
                 rows.append({"text": prompt.text, "style": prompt.style, "file": file, "index": start + i, **right})
-            self._save(path, rows, seen.features)
+            self._save(path, rows)
 
     def between(
         self,
         name: str,
         weights: Sequence[float | None],
-        draw: Callable[[Person, Person, Sequence[float | None], int], Pictures],
+        draw: Callable[[int, Sequence[float | None], int], Pictures],
         prompts: Sequence[int],
     ) -> None:
-        """Score what is drawn of each even person and the next one, for some prompts: a picture for each weight."""
+        """Score what is drawn of each even person (by number) and the next, for some prompts: one for each weight."""
         for first in tqdm(range(0, len(self.people) - 1, 2), name, unit="pair"):
             self._others.append((name, first))
             path = self._path(name, first)
             if path.is_file():
                 continue
-            rows, features = [], []
+            rows = []
             for p in prompts:
-                images = draw(self.people[first], self.people[first + 1], weights, p)
+                images = draw(first, weights, p)
                 seen = self.world.judge(images)
                 rows += self._steps(name, first, p, weights, seen)
                 for row, image in zip(rows[-len(weights) :], images, strict=True):
                     save_png(Image.fromarray(image), self.folder / row["file"], {"prompt": self.prompts[p].text})
-                features.append(seen.features)
-            self._save(path, rows, np.concatenate(features))
+            self._save(path, rows)
 
     def _steps(
         self, name: str, first: int, p: int, weights: Sequence[float | None], seen: Seen
@@ -160,38 +175,39 @@ class Judged:
         """All that was scored, with the baselines."""
         rows = [row for key in self._scored for row in self._read(*key)]
         names = dict.fromkeys(name for name, _ in self._scored)
-        features = {
-            name: np.concatenate([self._features(*key) for key in self._scored if key[0] == name]) for name in names
-        }
+        seen = {name: [self._arrays(*key) for key in self._scored if key[0] == name] for name in names}
         return Results(
             rows=rows,
             base=[row for key in self._others if key[0] == BASE for row in self._read(*key)],
             steps=[row for key in self._others if key[0] == INTERPOLATION for row in self._read(*key)],
             mixtures=[row for key in self._others if key[0] == MIXING for row in self._read(*key)],
-            features=features,
+            features={name: np.concatenate([each["features"] for each in parts]) for name, parts in seen.items()},
+            faces={name: np.concatenate([each["face"] for each in parts]) for name, parts in seen.items()},
             people=self.people,
             prompts=self.prompts,
             photos=self.seen_photos,
             others=self.world.judge(np.concatenate([person.others for person in self.people])),
             chance=self.world.chance(),
-            judges=_judges([row for row in rows if row["method"] == "drawn"]),
+            judged_by=self.world.judges,
+            judges=_judges([row for row in rows if row["method"] == DRAWN]),
         )
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / "scores" / name / f"{number:04}.json"
 
-    def _save(self, path: Path, rows: list[dict[str, Any]], features: np.ndarray) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path.with_suffix(".npy")) as beside, beside.open("wb") as file:
-            np.save(file, features.astype(np.float16))
+    def _save(self, path: Path, rows: list[dict[str, Any]], seen: Seen | None = None) -> None:
+        if seen is not None:
+            with replacing(path.with_suffix(".npz")) as beside, beside.open("wb") as file:
+                np.savez(file, features=seen.features.astype(np.float16), face=seen.face.astype(np.float16))
         with replacing(path) as beside:  # last: a file of scores is what says that all is there
             beside.write_text(json.dumps(rows), encoding="utf-8")
 
     def _read(self, name: str, number: int) -> list[dict[str, Any]]:
         return json.loads(self._path(name, number).read_text())
 
-    def _features(self, name: str, number: int) -> np.ndarray:
-        return np.load(self._path(name, number).with_suffix(".npy")).astype(np.float32)
+    def _arrays(self, name: str, number: int) -> dict[str, np.ndarray]:
+        with np.load(self._path(name, number).with_suffix(".npz")) as file:
+            return {key: file[key].astype(np.float32) for key in file.files}
 
 
 def _save_plain(image: np.ndarray, path: Path) -> None:

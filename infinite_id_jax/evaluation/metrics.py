@@ -1,4 +1,4 @@
-"""Scores of pictures and what may be said of them: means with intervals over people, differences, verdicts.
+"""Scores of pictures and what may be said of them: means with intervals over groups of people, differences, verdicts.
 
 A score that could not be taken, such as that of a picture without a face, is nan.
 """
@@ -38,18 +38,19 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """A table with a row for each picture: who drew it, of whom, from which prompt, and each metric's value.
+    """A table with a row for each picture: who drew it, of whom, the cluster they belong to, and each metric's value.
 
-    Raises InputError for columns of different length.
+    The pictures of a cluster stand or fall together: those of one person, and of all people who share noise. Raises
+    InputError for columns of different length.
     """
 
     method: Column
     identity: Column
-    prompt: Column
+    cluster: Column
     values: Mapping[str, np.ndarray]  # [n] each, float, nan where not scored
 
     def __post_init__(self) -> None:
-        columns = {"method": self.method, "identity": self.identity, "prompt": self.prompt, **self.values}
+        columns = {"method": self.method, "identity": self.identity, "cluster": self.cluster, **self.values}
         lengths = {name: np.shape(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1 or len(np.shape(self.method)) != 1:
             listed = ", ".join(f"{name} {shape}" for name, shape in lengths.items())
@@ -58,7 +59,7 @@ class Scores:
     def where(self, rows: Shaped[np.ndarray, "n"]) -> "Scores":
         """The rows that a mask [n] or indices name."""
         values = {name: column[rows] for name, column in self.values.items()}
-        return Scores(self.method[rows], self.identity[rows], self.prompt[rows], values)
+        return Scores(self.method[rows], self.identity[rows], self.cluster[rows], values)
 
     def of(self, method: str) -> "Scores":
         """One method's rows."""
@@ -80,66 +81,65 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.where(lengths > 0, lengths, np.nan)
 
 
-# Intervals. People are drawn anew, not pictures: those of one person rise and fall together, and it is for people
-# not seen yet that a figure is to hold (Efron & Tibshirani 1993, the percentile bootstrap of clusters).
+# Intervals. Clusters are drawn anew, not pictures: those of one person rise and fall together, and so do those of
+# people who share noise. It is for people and noise not seen yet that a figure is to hold (Efron & Tibshirani 1993,
+# the percentile bootstrap of clusters).
 
 
-def interval(values: Values, identities: Column, *, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean over the scored pictures, with the percentile bootstrap over people.
+def interval(values: Values, clusters: Column, *, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean over the scored pictures, with the percentile bootstrap over clusters (people, or groups of them).
 
-    All pictures of a drawn person come along; people without a scored picture do not count. With fewer than two
-    people the ends are nan.
+    All pictures of a drawn cluster come along; clusters without a scored picture do not count. With fewer than two
+    clusters the ends are nan.
     """
-    return _bootstrap([(values, identities)], resamples, seed)
+    scored = ~np.isnan(values)
+    return _bootstrap([(values[scored], clusters[scored])], resamples, seed)
 
 
-def difference(
-    values_a: Float[np.ndarray, "n"],
-    identities_a: Shaped[np.ndarray, "n"],
-    values_b: Float[np.ndarray, "m"],
-    identities_b: Shaped[np.ndarray, "m"],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate:
-    """Mean of `a` minus mean of `b` over the people whom both scored, each resample drawing the same people for both.
+def difference(a: Scores, b: Scores, metric: str, *, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean of `a` minus mean of `b` over the people whom both scored, each resample drawing the same clusters for both.
 
-    What makes one person harder than another falls out of the difference.
+    What makes one person, or the noise of a group, harder than another falls out of the difference.
     """
-    return _bootstrap([(values_a, identities_a), (values_b, identities_b)], resamples, seed)
+    scored = [side.where(~np.isnan(side.values[metric])) for side in (a, b)]
+    people = np.intersect1d(scored[0].identity, scored[1].identity)
+    both = [side.where(np.isin(side.identity, people)) for side in scored]
+    return _bootstrap([(side.values[metric], side.cluster) for side in both], resamples, seed)
+
+
+def above(estimate: Estimate, bar: float) -> Estimate:
+    """How far an estimate lies above a bar, which is taken as known."""
+    return Estimate(*(end - bar for end in estimate))
 
 
 def _bootstrap(sides: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, seed: int) -> Estimate:
-    """The first side's mean, less the second's where there is one."""
-    scored = [(values[~np.isnan(values)], identities[~np.isnan(values)]) for values, identities in sides]
-    people = np.unique(scored[0][1])
-    for _, identities in scored[1:]:
-        people = np.intersect1d(people, identities)
-    if not len(people):
+    """Of (values, clusters) of the same clusters on each side: the first's mean, less the second's if there is one."""
+    clusters = np.unique(sides[0][1])
+    if not len(clusters):
         return Estimate(np.nan, np.nan, np.nan)
-    sums, counts = np.stack([_per_person(values, identities, people) for values, identities in scored], axis=1)
-    weights = np.concatenate([np.ones((1, len(people))), _draws(len(people), resamples, seed)])  # [1 + resamples, k]
+    sums, counts = np.stack([_per_cluster(values, of, clusters) for values, of in sides], axis=1)
+    weights = np.concatenate([np.ones((1, len(clusters))), _draws(len(clusters), resamples, seed)])  # [1+resamples, k]
     means = (weights @ sums.T) / (weights @ counts.T)
     statistics = means[:, 0] - means[:, 1] if len(sides) == 2 else means[:, 0]
-    return _estimate(statistics, len(people))
+    return _estimate(statistics, len(clusters))
 
 
-def _per_person(values: np.ndarray, identities: np.ndarray, people: np.ndarray) -> np.ndarray:
-    """Sums and counts [2, k] of the values of each of `people`, sorted, leaving out other people's."""
-    known = np.isin(identities, people)
-    codes = np.searchsorted(people, identities[known])
-    sums = np.bincount(codes, values[known].astype(np.float64), len(people))
-    return np.stack([sums, np.bincount(codes, minlength=len(people))])
+def _per_cluster(values: np.ndarray, of: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Sums and counts [2, k] of the values of each of `clusters`, which are sorted and all there are."""
+    codes = np.searchsorted(clusters, of)
+    sums = np.bincount(codes, values.astype(np.float64), len(clusters))
+    return np.stack([sums, np.bincount(codes, minlength=len(clusters))])
 
 
-def _draws(people: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each person is drawn [resamples, people]: as many draws as people, with replacement."""
-    return np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), size=resamples).astype(float)
+def _draws(clusters: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each is drawn [resamples, clusters]: as many draws as there are clusters, with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(float)
 
 
-def _estimate(statistics: np.ndarray, people: int) -> Estimate:
+def _estimate(statistics: np.ndarray, clusters: int) -> Estimate:
     """Of a statistic [1 + resamples]: as observed, then resampled."""
-    if people < 2:
+    if clusters < 2:
         return Estimate(float(statistics[0]), np.nan, np.nan)
     low, high = np.quantile(statistics[1:], [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return Estimate(float(statistics[0]), float(low), float(high))
@@ -160,29 +160,6 @@ def verdict(estimate: Estimate, expected: Literal["greater", "less"], than: floa
 # Faces.
 
 
-class FaceScores(NamedTuple):
-    """A metric of faces, said in full: some pictures have none, which a mean over the others would hide."""
-
-    detection_rate: Estimate
-    mean_detected: Estimate
-    mean_no_face_zero: Estimate
-
-
-def face_scores(values: Values, identities: Column, *, resamples: int = 2000, seed: int = 0) -> FaceScores:
-    """Share of pictures with a face, mean over these, and mean over all where no face (nan) counts 0."""
-    found = ~np.isnan(values)
-    columns = [found.astype(np.float64), values, np.where(found, values, 0)]
-    return FaceScores(*(interval(column, identities, resamples=resamples, seed=seed) for column in columns))
-
-
-def genuine_and_impostor(embeddings: Rows, identities: Column) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of all pairs of pictures of one person, and of two: what an identity score stands beside."""
-    first, second = np.triu_indices(len(identities), k=1)
-    cosines = pairwise_cosine(embeddings, embeddings)[first, second]
-    same = identities[first] == identities[second]
-    return cosines[same], cosines[~same]
-
-
 def impostor_bar(impostors: Float[np.ndarray, "p"], percent: float = 95.0) -> float:
     """The similarity that `percent` of the pairs of two different people stay below."""
     return float(np.nanpercentile(impostors, percent))
@@ -199,10 +176,10 @@ def identity_fidelity(
     """Each method's mean over `metrics` of its z-score among the methods (Infinite-ID Sec. A, the axis of Fig. 9).
 
     The scale is that of the observed means (standard deviation over the methods, not over samples of them); the
-    interval resamples people, the same for all metrics. Raises InputError for a method without a score.
+    interval resamples clusters, the same for all metrics. Raises InputError for a method without a score.
     """
-    methods, people = np.unique(scores.method), np.unique(scores.identity)
-    weights = np.concatenate([np.ones((1, len(people))), _draws(len(people), resamples, seed)])
+    methods, clusters = np.unique(scores.method), np.unique(scores.cluster)
+    weights = np.concatenate([np.ones((1, len(clusters))), _draws(len(clusters), resamples, seed)])
     axis = np.zeros((len(weights), len(methods)))
     for metric in metrics:
         column = scores.values[metric]
@@ -210,18 +187,18 @@ def identity_fidelity(
         missing = set(methods) - set(scored.method)
         if missing:
             raise InputError(f"{min(missing)} has no score in {metric}: leave the method out of the comparison.")
-        totals = [_per_person(s.values[metric], s.identity, people) for s in map(scored.of, methods)]
+        totals = [_per_cluster(s.values[metric], s.cluster, clusters) for s in map(scored.of, methods)]
         sums, counts = np.stack(totals, axis=1)  # [methods, k] each
-        with np.errstate(invalid="ignore"):  # a resample without any scored person of a method is nan
+        with np.errstate(invalid="ignore"):  # a resample without any score of a method is nan
             means = (weights @ sums.T) / (weights @ counts.T)
         spread = means[0].std()
         axis += (means - means[0].mean()) / (spread if spread > 0 else 1) / len(metrics)
     whole = axis[~np.isnan(axis).any(axis=1)]
-    return {str(name): _estimate(whole[:, i], len(people)) for i, name in enumerate(methods)}
+    return {str(name): _estimate(whole[:, i], len(clusters)) for i, name in enumerate(methods)}
 
 
 def monotone_share(
-    similarities: Float[np.ndarray, "n k"], identities: Column, *, resamples: int = 2000, seed: int = 0
+    similarities: Float[np.ndarray, "n k"], clusters: Column, *, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
     """Share of neighbouring steps of an interpolation at which a similarity rises, of `n` rows of `k` steps each.
 
@@ -229,7 +206,7 @@ def monotone_share(
     """
     steps = np.diff(similarities, axis=1)
     rises = np.where(np.isnan(steps), np.nan, steps > 0)
-    return interval(rises.ravel(), np.repeat(identities, rises.shape[1]), resamples=resamples, seed=seed)
+    return interval(rises.ravel(), np.repeat(clusters, rises.shape[1]), resamples=resamples, seed=seed)
 
 
 # Variety and quality.
@@ -265,43 +242,41 @@ def _pairs_within(identities: np.ndarray) -> tuple[Int[np.ndarray, "p"], Int[np.
     return first[same], second[same]
 
 
-def kid(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], *, subset: int = 2000, subsets: int = 50, seed: int = 0
-) -> float:
+def kid(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
     """Kernel distance of two sets of features: unbiased, so that it can fall below 0 (Binkowski et al. 2018, Eq. 4).
 
-    The squared maximum mean discrepancy under the kernel (x.y / d + 1)^3. Sets larger than `subset` are compared by
-    the mean over `subsets` random parts of that size. The figure depends on the features: name them with it. Under
-    2,000 pictures it comes before the Frechet distance, whose bias grows as the sets shrink. Raises InputError for
-    fewer than two rows.
+    The squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, made for features whose entries, not whose
+    rows, are near 1. The figure depends on the features: name them with it. Under 2,000 pictures it comes before the
+    Frechet distance, whose bias grows as the sets shrink. Raises InputError for fewer than two rows.
     """
     _need_two(a, b)
-    if max(len(a), len(b)) <= subset:
-        return _kid(a, b)
-    rng = np.random.default_rng(seed)
-    parts = [[x[rng.permutation(len(x))[:subset]] for x in (a, b)] for _ in range(subsets)]
-    return float(np.mean([_kid(*part) for part in parts]))
+
+    def within(x: np.ndarray) -> float:
+        gram = _kernel(x, x)
+        return (gram.sum() - gram.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * _kernel(a, b).mean())
 
 
 def kid_interval(
     a: Float[np.ndarray, "n d"],
-    identities_a: Shaped[np.ndarray, "n"],
+    clusters_a: Shaped[np.ndarray, "n"],
     b: Float[np.ndarray, "m d"],
-    identities_b: Shaped[np.ndarray, "m"],
+    clusters_b: Shaped[np.ndarray, "m"],
 ) -> Estimate:
-    """`kid` of two whole sets with the jackknife over people: each is left out of both sets in turn.
+    """`kid` of two whole sets with the jackknife over clusters: each is left out of both sets in turn.
 
-    A bootstrap would count a person drawn twice as two who look alike. Near 0 the interval is wider than need be.
-    Raises InputError where a set has fewer than two rows without one of the people.
+    A bootstrap would count a cluster drawn twice as two that look alike. Near 0 the interval is wider than need be.
+    Raises InputError where a set has fewer than two rows without one of the clusters.
     """
-    people = np.unique(np.concatenate([identities_a, identities_b]))
-    in_a, in_b = ((identities[:, None] == people).astype(np.float64) for identities in (identities_a, identities_b))
+    both = np.unique(np.concatenate([clusters_a, clusters_b]))
+    in_a, in_b = ((clusters[:, None] == both).astype(np.float64) for clusters in (clusters_a, clusters_b))
     left_a, left_b = (len(rows) - rows.sum(axis=0) for rows in (in_a, in_b))  # [k]
     if min(left_a.min(), left_b.min()) < 2:
         raise InputError("Without one of the people a set has fewer than two pictures: give pictures of more people.")
 
     def sums(gram: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Of the kernel without each person [k]."""
+        """Of the kernel without each cluster [k]."""
         blocks = rows.T @ gram @ columns  # [k, k]
         return gram.sum() - blocks.sum(axis=0) - blocks.sum(axis=1) + blocks.diagonal()
 
@@ -312,17 +287,9 @@ def kid_interval(
 
     across = sums(_kernel(a, b), in_a, in_b) / (left_a * left_b)
     left_out = within(a, in_a, left_a) + within(b, in_b, left_b) - 2 * across
-    reach = 1.96 * np.sqrt((len(people) - 1) * left_out.var())
-    value = _kid(a, b)
+    reach = 1.96 * np.sqrt((len(both) - 1) * left_out.var())
+    value = kid(a, b)
     return Estimate(value, float(value - reach), float(value + reach))
-
-
-def _kid(a: np.ndarray, b: np.ndarray) -> float:
-    def within(x: np.ndarray) -> float:
-        gram = _kernel(x, x)
-        return (gram.sum() - gram.trace()) / (len(x) * (len(x) - 1))
-
-    return float(within(a) + within(b) - 2 * _kernel(a, b).mean())
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:

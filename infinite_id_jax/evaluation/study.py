@@ -7,6 +7,10 @@ from typing import Any
 from infinite_id_jax.evaluation.world import World
 from infinite_id_jax.faces.protocol import FaceBackend
 
+# What is scored beside the methods: the bounds, which every study has, and pictures of nobody and of two people.
+TEXT_ONLY, REFERENCE, DRAWN = "text_only", "reference_copy", "drawn"
+BASE, INTERPOLATION, MIXING = "base", "interpolation", "mixing"
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -17,7 +21,7 @@ class Method:
     adapter: str
     photo: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)  # None: not run on photographs
     style: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)  # None: not run on other styles
-    shrink: int = 1  # the given photo is made smaller by this
+    shrink: int = 1  # the given photo has the detail of a photo smaller by this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """One study."""
+    """One study. Its first method is the one that bars are held against."""
 
     model: str
     adapters: Mapping[str, str]  # name to folder
@@ -46,6 +50,8 @@ class StudyConfig:
     faces: str | FaceBackend = "auto"  # the backend that the identities are encoded by
     identities: int = 100
     prompts: int = 20
-    group: int = 10  # identities that one text row serves
+    group: int = 4  # identities that one text row serves; they share its noise, so intervals draw whole groups
     interpolation_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     base_pictures: int = 400  # of random prompts, for the base alone
+    base_bars: tuple[float, float] = (0.97, 0.9)  # of prompted attributes by the base alone: their mean, each
+    half_way: tuple[str, ...] = ()  # attributes of the identity to keep half-way between guessing and the judge

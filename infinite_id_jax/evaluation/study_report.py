@@ -10,25 +10,28 @@ from infinite_id_jax.evaluation import figures, tables
 from infinite_id_jax.evaluation.judged import Results
 from infinite_id_jax.evaluation.metrics import Estimate
 from infinite_id_jax.evaluation.report import Block, Cell, Claims, Figure, ImageGrid, Report, Section, Table
-from infinite_id_jax.evaluation.study import StudyConfig
+from infinite_id_jax.evaluation.study import DRAWN, REFERENCE, TEXT_ONLY, StudyConfig
 
 _BOUNDS = {
-    "text_only": "the text alone",
-    "reference_copy": "the given photo itself",
-    "drawn": "drawn by the world itself",
+    TEXT_ONLY: "the text alone",
+    REFERENCE: "the given photo itself",
+    DRAWN: "drawn by the world itself",
 }
 _COLUMNS = {
     "clip_t": "CLIP-T",
     "clip_i": "CLIP-I (faces)",
     "m_face": "M_Face",
     tables.WHERE_NO_FACE_IS_ZERO: "M_Face, no face = 0",
+    "rank_1": "rank 1",
+    "photo_face": "photos with a face",
     "found": "faces found",
     "prompted": "prompted attributes",
     "identity_attributes": "identity attributes",
     "prompted_style": "style",
-    "lpips_judge_diversity": "LPIPS diversity",
-    "kid_judge": "KID (photographs)",
-    "fid_judge_64d": "FID, 64 components",
+    "diversity_judge": "diversity (judge's features)",
+    "trusted_diversity_judge": "trusted diversity (the same)",
+    "kid_judge": "KID (the same)",
+    "fid_judge_64d": "FID (64 components)",
 }
 _SHOWN = 4  # people in the grids
 _NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
@@ -39,14 +42,14 @@ def report_of(study: StudyConfig, results: Results, rows: Rows, content: Mapping
     """All sections that the study has pictures for."""
     titles = {method.name: method.title for method in study.methods} | _BOUNDS
     sections = [
-        Section("What the paper claims", _CLAIMS, [Claims(content["claims"])]),
-        Section("All methods", _METHODS, _all_methods(content["methods"], rows, titles)),
+        Section("What the paper claims", _CLAIMS, _claims(content["claims"])),
+        Section("All methods", _methods_text(results), _all_methods(content, titles)),
         Section("What the scores are worth", _BASELINES, _baselines(content)),
         Section("The base alone", _BASE, [_base(content)]),
         *_comparison(study, rows, titles),
         *_resolution(study, rows),
         *_interpolation(results, content, folder),
-        *_mixing(results, folder),
+        *_mixing(results, content, folder),
         Section("Pictures", _PICTURES, [_grid(name, results, rows, titles, folder) for name in _drawn(study, rows)]),
         *_styles(study, results, rows, titles, folder),
     ]
@@ -58,14 +61,17 @@ def report_of(study: StudyConfig, results: Results, rows: Rows, content: Mapping
 
 
 _CLAIMS = (
-    "Each difference is paired over people: its interval comes of drawing people anew, the same for both sides. A "
-    "claim is confirmed where the whole 95% interval lies on its side of the bound, contradicted where on the other."
+    "Each difference is paired over people. People of one group share noise, so an interval comes of drawing groups "
+    "anew, the same for both sides; of interpolations and mixtures, pairs; of the base alone, pictures. A bar is taken "
+    "as known. A claim is confirmed where the whole 95% interval lies on its side of the bound, contradicted where on "
+    "the other."
 )
 _METHODS = (
-    "Means over pictures with 95% intervals over people. M_Face and CLIP-I are cosines with the given photo, by "
-    "judges that no method was conditioned on; attributes are shares of pictures on which a judge sees what was asked, "
-    "or what the person looks like. KID, FID and LPIPS are over features of the judging recogniser, so comparable here "
-    "only."
+    "Means over pictures with 95% intervals over groups of people who share noise. M_Face and CLIP-I are cosines with "
+    "the given photo; rank 1 is the share of pictures nearer to the right photo than to anybody else's (a picture "
+    "without a face counts as wrong); attributes are shares of pictures on which a judge sees what was asked, or what "
+    "the person looks like. Where no face was found in a photo made smaller, nobody is drawn in its place. Diversity, "
+    "KID and FID are of photographs, over features of the judging recogniser, so comparable here only. Judges: "
 )
 _BASELINES = (
     "Two photos of one person, two people, guessing, and the judges on pictures that show for certain what is asked."
@@ -74,14 +80,23 @@ _BASE = "Prompts that say every attribute, in all styles, without any identity."
 _PICTURES = "The first people of the study; below each picture its M_Face and the share of prompted attributes."
 
 
-def _all_methods(methods: Mapping[str, Mapping[str, Estimate]], rows: Rows, titles: Mapping[str, str]) -> list[Block]:
-    photos, styles = ([row for row in rows if (row["style"] == "photo") == photo] for photo in (True, False))
+def _claims(claims: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Those that share a note under it."""
+    notes = list(dict.fromkeys(claim.get("note", "") for claim in claims))
+    return [Claims([claim for claim in claims if claim.get("note", "") == note], note) for note in notes]
+
+
+def _methods_text(results: Results) -> str:
+    return _METHODS + "; ".join(f"{name}: {judge}" for name, judge in results.judged_by.items()) + "."
+
+
+def _all_methods(content: Mapping[str, Any], titles: Mapping[str, str]) -> list[Block]:
     parts = {
-        "All prompts that a method drew.": methods,
-        "Photographs alone.": tables.methods_table(photos),
-        "Other styles alone.": tables.methods_table(styles),
+        "methods": "All prompts that a method drew.",
+        "methods_photo": "Photographs alone.",
+        "methods_style": "Other styles alone.",
     }
-    return [_methods(part, titles, note) for note, part in parts.items() if part]
+    return [_methods(content[part], titles, note) for part, note in parts.items() if content[part]]
 
 
 def _methods(methods: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], note: str) -> Table:
@@ -93,28 +108,31 @@ def _methods(methods: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str,
 
 
 def _baselines(content: Mapping[str, Any]) -> list[Block]:
-    found = content["baselines"]
+    found, first = content["baselines"], next(iter(content["methods"]))
     single = [
         ["M_Face, two photos of one person", found["m_face_genuine"]],
         ["M_Face, two people", found["m_face_impostor_mean"]],
         ["M_Face, 95% of pairs of two people are below", found["m_face_impostor_95"]],
+        *(
+            [f"M_Face, 95% of pairs of a picture of {first} ({kind}) and another's photo are below", bar]
+            for kind, bar in found["m_face_cross_impostor_95"].items()
+        ),
         ["CLIP-I, two photos of one person", found["clip_i_genuine"]],
         ["CLIP-I, two people", found["clip_i_impostor_mean"]],
         ["Rank 1 of the judge among these people", found["judge_rank_1"]],
         ["Faces found in photos", found["detection_rate_photos"]],
     ]
-    full = next(iter(content["methods"].values()))
     attributes = [
         [
             name.partition("_")[2],
             found["chance"][name.partition("_")[2]],
             accuracy,
-            full.get(name, ""),
+            content["methods"][first].get(name, ""),
             _half(found, name),
         ]
         for name, accuracy in sorted(found["judges"].items())
     ]
-    header = ["Attribute", "guessing", "judge on drawn pictures", next(iter(content["methods"])), "half-way"]
+    header = ["Attribute", "guessing", "judge on drawn pictures", first, "half-way"]
     return [Table(["Baseline", "Value"], single), Table(header, attributes)]
 
 
@@ -123,9 +141,10 @@ def _half(found: Mapping[str, Any], name: str) -> float | str:
 
 
 def _base(content: Mapping[str, Any]) -> Table:
-    base = content["base"]
-    rows = [[name.partition("_")[2], estimate] for name, estimate in base["attributes"].items()]
-    return Table(["Prompted attribute", "accuracy"], [["mean", base["mean"]], *rows] if base["attributes"] else [])
+    base, chance = content["base"], content["baselines"]["chance"]
+    names = {column: column.partition("_")[2] for column in base["attributes"]}
+    rows = [[names[column], estimate, chance[names[column]]] for column, estimate in base["attributes"].items()]
+    return Table(["Prompted attribute", "accuracy", "guessing"], [["mean", base["mean"], ""], *rows] if rows else [])
 
 
 def _drawn(study: StudyConfig, rows: Rows) -> list[str]:
@@ -165,7 +184,8 @@ def _interpolation(results: Results, content: Mapping[str, Any], folder: Path) -
         return []
     labels = [f"{weight:g}" for weight in found["weights"]]
     lines = {"to the first person": found["to_first"], "to the second": found["to_second"]}
-    figure = figures.curve(labels, lines, x_label="weight of the second person", y_label="M_Face")
+    bars = {"two people": content["baselines"]["m_face_impostor_mean"]}
+    figure = figures.curve(labels, lines, x_label="weight of the second person", y_label="M_Face", baselines=bars)
     ways = list(dict.fromkeys((row["first"], row["second"], row["prompt"]) for row in results.steps))[:_SHOWN]
     strips = [
         (
@@ -183,7 +203,7 @@ def _interpolation(results: Results, content: Mapping[str, Any], folder: Path) -
     return [Section("From one person to another", text, blocks)]
 
 
-def _mixing(results: Results, folder: Path) -> list[Section]:
+def _mixing(results: Results, content: Mapping[str, Any], folder: Path) -> list[Section]:
     if not results.mixtures:
         return []
     photos = {person.name: person.photo for person in results.people}
@@ -198,7 +218,17 @@ def _mixing(results: Results, folder: Path) -> list[Section]:
         )
         for row in results.mixtures[: 2 * _SHOWN]
     ]
-    return [Section("Two people as one", "As Fig. 13.", [ImageGrid(["one", "both", "the other"], rows)])]
+    found, bars = content["mixing"], content["baselines"]
+    table = Table(
+        ["M_Face", "Value"],
+        [
+            ["to the first person", found["to_first"]],
+            ["to the second", found["to_second"]],
+            ["of two people", bars["m_face_impostor_mean"]],
+            ["95% of pairs of two people are below", bars["m_face_impostor_95"]],
+        ],
+    )
+    return [Section("Two people as one", "As Fig. 13.", [table, ImageGrid(["one", "both", "the other"], rows)])]
 
 
 def _grid(method: str, results: Results, rows: Rows, titles: Mapping[str, str], folder: Path) -> ImageGrid:
@@ -219,7 +249,7 @@ def _cell(row: Mapping[str, Any], folder: Path) -> Cell:
 def _styles(study: StudyConfig, results: Results, rows: Rows, titles: Mapping[str, str], folder: Path) -> list[Section]:
     """Fig. 7: one person in each style, by each way of merging it."""
     there = {row["method"] for row in rows}
-    names = [m.name for m in study.methods if m.style is not None and (m.photo is None or m.name == "full")]
+    names = [m.name for m in study.methods if m.style is not None and (m.photo is None or m is study.methods[0])]
     names = [name for name in names if name in there]
     if len(names) < 2:
         return []

@@ -1,4 +1,4 @@
-"""From scored pictures to what is said of a study: a figure for each method and metric, claims, baselines."""
+"""From scored pictures to tables: a figure for each method and metric, and the files that hold them."""
 
 import csv
 import json
@@ -8,24 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from infinite_id_jax.errors import InputError
-from infinite_id_jax.evaluation.metrics import Estimate, Scores, difference, identity_fidelity, interval, verdict
+from infinite_id_jax.evaluation.metrics import Estimate, Scores, identity_fidelity, interval
 from infinite_id_jax.files import replacing
 
 Row = Mapping[str, Any]
-"""A picture's scores: method, identity, prompt, style, file, and a number for each metric that it was scored on."""
+"""A picture's scores: method, identity and group, prompt, style, file, and a number for each metric that it has."""
 
-NAMES = ("method", "identity", "prompt", "style", "text", "file")
+NAMES = ("method", "identity", "group", "prompt", "style", "text", "file")
 WHERE_NO_FACE_IS_ZERO = "m_face_no_face_zero"
 
 
 def as_scores(rows: Sequence[Row]) -> Scores:
-    """The rows as columns; nan where a row lacks a metric."""
+    """The rows as columns, people clustered by the noise they share; nan where a row lacks a metric."""
     metrics = list(dict.fromkeys(name for row in rows for name in row if name not in NAMES))
     return Scores(
         method=np.array([row["method"] for row in rows]),
         identity=np.array([row["identity"] for row in rows]),
-        prompt=np.array([row["prompt"] for row in rows]),
+        cluster=np.array([row["group"] for row in rows]),
         values={
             name: np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
             for name in metrics
@@ -38,9 +37,14 @@ def methods_table(rows: Sequence[Row]) -> dict[str, dict[str, Estimate]]:
     scores, table = as_scores(rows), {}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = scores.of(method)
-        estimates = {name: interval(column, own.identity) for name, column in own.values.items()}
+        estimates = {name: interval(column, own.cluster) for name, column in own.values.items()}
         table[method] = {name: each for name, each in estimates.items() if not np.isnan(each.value)}
     return table
+
+
+def of_kind(rows: Iterable[Row], prompts: str) -> list[Row]:
+    """The rows of a kind of prompt: all, photo or style (which is any other)."""
+    return [row for row in rows if prompts == "all" or (row["style"] == "photo") == (prompts == "photo")]
 
 
 def with_zero_for_no_face(rows: Iterable[Row]) -> list[Row]:
@@ -51,48 +55,11 @@ def with_zero_for_no_face(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def claim_entry(
-    rows: Sequence[Row], *, text: str, metric: str, first: str, second: str, expected: str, bound: float, prompts: str
-) -> dict[str, Any]:
-    """One entry of "claims": the paired difference over the prompts that both methods drew, and the verdict.
-
-    expected: greater, less, or "at least": the difference is not below `bound`. prompts: all, photo or style. Raises
-    InputError where there is nothing to compare.
-    """
-    both = shared_prompts(rows, first, second, prompts)
-    chosen = [row for row in rows if row["prompt"] in both]
-    a, b = (as_scores([row for row in chosen if row["method"] == method]) for method in (first, second))
-    if not both or metric not in a.values or metric not in b.values:
-        raise InputError(f"{first} and {second} have no {metric} of the same {prompts} prompts: nothing is compared.")
-    estimate = difference(a.values[metric], a.identity, b.values[metric], b.identity)
-    side = "less" if expected == "less" else "greater"
-    return {
-        "claim": text,
-        "metric": metric,
-        "first": first,
-        "second": second,
-        "expected": expected,
-        "bound": bound,
-        "prompts": prompts,
-        "difference": list(estimate),
-        "verdict": verdict(estimate, side, bound),
-    }
-
-
-def shared_prompts(rows: Sequence[Row], first: str, second: str, prompts: str) -> set[int]:
-    """The prompts, of all or of a kind (photo, style), that both methods drew."""
-    chosen = [row for row in rows if prompts == "all" or (row["style"] == "photo") == (prompts == "photo")]
-    drawn = [{row["prompt"] for row in chosen if row["method"] == method} for method in (first, second)]
-    return drawn[0] & drawn[1]
-
-
 def fidelity_and_semantics(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, tuple[Estimate, Estimate]]:
     """Fig. 9: {method: (CLIP-T, mean z-score of M_Face and CLIP-I)}."""
     scores = as_scores([row for row in rows if row["method"] in methods])
     axis = identity_fidelity(scores, ("m_face", "clip_i"))
-    return {
-        name: (interval(scores.of(name).values["clip_t"], scores.of(name).identity), axis[name]) for name in methods
-    }
+    return {name: (interval(scores.of(name).values["clip_t"], scores.of(name).cluster), axis[name]) for name in methods}
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

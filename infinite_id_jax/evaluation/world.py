@@ -41,6 +41,16 @@ class Seen(NamedTuple):
 class World(Protocol):
     """Who and what there is to draw, and who judges it. A judge never conditions what it judges."""
 
+    @property
+    def name(self) -> str:
+        """Tells worlds apart whose people, prompts or judges differ."""
+        ...
+
+    @property
+    def judges(self) -> Mapping[str, str]:
+        """In words, which judge m_face, clip_i, clip_t and the attributes come from."""
+        ...
+
     def people(self, count: int) -> list[Person]:
         """The first `count` people that nothing was trained on. Raises InputError where there are fewer."""
         ...
@@ -63,6 +73,10 @@ class World(Protocol):
 
     def judge_texts(self, texts: list[str]) -> Float[np.ndarray, "n e"]:
         """Unit vectors of the judging CLIP."""
+        ...
+
+    def asked(self, prompt: Prompt) -> dict[str, str]:
+        """What the prompt asks for, of what a right picture shows of anybody."""
         ...
 
     def expected(self, person: Person, prompt: Prompt) -> tuple[dict[str, str], dict[str, str]]:

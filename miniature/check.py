@@ -1,0 +1,101 @@
+"""How good the miniature's parts are on people and pictures that nothing was trained on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from data_pipeline.avatars import CLASSES
+from infinite_id_jax.faces.miniature import RECOGNISER, MiniatureFaces, network
+from infinite_id_jax.faces.small_resnet import SmallResNetConfig
+from infinite_id_jax.files import save_json
+from infinite_id_jax.stable_diffusion.config import VAEConfig
+from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
+from infinite_id_jax.weights.load import load_module
+from miniature import judges, pictures
+from miniature.faces import unit
+
+_PEOPLE = 200  # among whom somebody is looked for
+_BATCH = 64
+
+
+def write(folder: Path, drawn: Callable[[str], pictures.Pictures]) -> None:
+    """Write FOLDER/check.json, and print it."""
+    base, identity = drawn("base-test"), drawn("identity-test")
+    found: dict[str, Any] = {
+        "autoencoder": autoencoder(folder / "model" / "vae", base),
+        "detector": detector(MiniatureFaces(folder / "model" / "faces"), base),
+        "recogniser": rank_1(folder / "model" / "faces" / "recogniser.safetensors", RECOGNISER, folder, identity),
+        "judge_recogniser": rank_1(folder / "judges" / "recogniser.safetensors", judges.RECOGNISER, folder, identity),
+        "judge_attributes": attributes(folder / "judges" / "attributes.safetensors", base),
+    }
+    save_json(found, folder / "check.json")
+    for part, figures in found.items():
+        print(f"{part}: {', '.join(f'{name} {value:.3f}' for name, value in figures.items())}")
+
+
+def autoencoder(folder: Path, drawn: pictures.Pictures) -> dict[str, float]:
+    """PSNR of whole pictures in decibels, by style."""
+    config = VAEConfig.from_json(folder / "config.json")
+    graph, state = nnx.split(load_module(lambda rngs: AutoencoderKL(config, rngs=rngs), folder))
+
+    @jax.jit
+    def errors(images: jax.Array) -> jax.Array:
+        image = images.astype(jnp.float32) / 127.5 - 1
+        model = nnx.merge(graph, state)
+        again = jnp.clip(model.decode(model.encode(image).mean), -1, 1)
+        return 10 * jnp.log10(4 / jnp.square(again - image).mean((1, 2, 3)))
+
+    found = _batched(errors, drawn.images)
+    style = drawn.labels[:, list(CLASSES).index("style")]
+    return {"all": float(found.mean())} | {
+        name: float(found[style == k].mean()) for k, name in enumerate(CLASSES["style"])
+    }
+
+
+def detector(faces: MiniatureFaces, drawn: pictures.Pictures) -> dict[str, float]:
+    """The share of faces that are found, and how many pixels their points miss by."""
+    missed = []
+    for image, points in zip(drawn.images, drawn.keypoints, strict=True):
+        found = faces.detect(image)
+        missed.append(np.linalg.norm(found[0].keypoints - points, axis=1).mean() if found else np.nan)
+    return {"found": float(np.mean(~np.isnan(missed))), "pixels": float(np.nanmean(missed))}
+
+
+def rank_1(path: Path, config: SmallResNetConfig, folder: Path, drawn: pictures.Pictures) -> dict[str, float]:
+    """How often the nearest first photo, of those of `_PEOPLE` people, is that of the right person; and cosines."""
+    finder, photos = MiniatureFaces(folder / "model" / "faces"), pictures.SETS["identity-test"].photos
+    images = drawn.images[: _PEOPLE * photos]
+    crops = np.stack([finder.align(image, finder.detect(image)[0]) for image in images])
+    vectors = np.asarray(unit(jnp.asarray(_batched(network(path, config), crops))))
+    by_person = vectors.reshape(_PEOPLE, photos, -1)
+    gallery, probes = by_person[:, 0], by_person[:, 1:]
+    cosines = np.einsum("pkd,gd->pkg", probes, gallery)
+    right = cosines.argmax(-1) == np.arange(_PEOPLE)[:, None]
+    same = cosines[np.arange(_PEOPLE), :, np.arange(_PEOPLE)]
+    others = cosines.transpose(0, 2, 1)[~np.eye(_PEOPLE, dtype=bool)]
+    return {
+        "rank_1": float(right.mean()),
+        "cosine_same_person": float(same.mean()),
+        "cosine_two_people": float(others.mean()),
+        "cosine_two_people_95": float(np.percentile(others, 95)),
+    }
+
+
+def attributes(path: Path, drawn: pictures.Pictures) -> dict[str, float]:
+    """Accuracy of each attribute, of the pictures that show it."""
+    logits = judges.split(jnp.asarray(_batched(network(path, judges.ATTRIBUTES), drawn.images)))
+    found = {}
+    for place, (name, one) in enumerate(logits.items()):
+        label = drawn.labels[:, place]
+        found[name] = float(np.mean(np.asarray(one).argmax(1)[label >= 0] == label[label >= 0]))
+    return found
+
+
+def _batched(call: Callable[[np.ndarray], jax.Array], images: np.ndarray) -> Float[np.ndarray, "n *rest"]:
+    return np.concatenate([np.asarray(call(images[i : i + _BATCH])) for i in range(0, len(images), _BATCH)])
