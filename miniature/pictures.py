@@ -53,7 +53,7 @@ SETS = {
 
 
 class Pictures(NamedTuple):
-    """A set in memory. `labels` are those of avatars.CLASSES, -1 where a picture does not show an attribute;
+    """A set. `labels` are those of avatars.CLASSES, -1 where a picture does not show an attribute;
     `keypoints` are the five points of the face in pixels."""
 
     images: UInt8[np.ndarray, "n s s 3"]
@@ -64,18 +64,29 @@ class Pictures(NamedTuple):
 
 
 def read(folder: Path, name: str) -> Pictures:
-    """The set `name` below `folder`. Raises InputError where it is not whole."""
+    """The set `name` below `folder`, its images mapped into memory: several trainings share them.
+
+    Raises InputError where it is not whole.
+    """
     paths = _shards(folder, name)
     if not all(path.is_file() for path in paths):
         raise InputError(f"{folder / name} is not whole: run `python -m miniature.pictures {folder}`.")
-    images = np.empty((SETS[name].size, SIZE, SIZE, 3), np.uint8)
+    together = folder / name / "images.npy"
+    if not together.is_file():
+        with replacing(together) as beside:
+            shape = (SETS[name].size, SIZE, SIZE, 3)
+            images = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+            for i, path in enumerate(paths):
+                with np.load(path) as shard:
+                    images[i * SHARD : (i + 1) * SHARD] = shard["images"]
+            images.flush()
     captions, rest = [], {key: [] for key in ("people", "labels", "keypoints")}
-    for i, path in enumerate(paths):
+    for path in paths:
         with np.load(path) as shard:
-            images[i * SHARD : (i + 1) * SHARD] = shard["images"]
             captions += json.loads(str(shard["captions"]))
             for key, parts in rest.items():
                 parts.append(shard[key])
+    images = np.load(together, mmap_mode="r")
     return Pictures(images, captions, **{key: np.concatenate(parts) for key, parts in rest.items()})
 
 
