@@ -4,8 +4,8 @@
     python train.py --config configs/miniature.py --set method.entangled=True --output-dir runs/miniature_entangled
     python evaluate.py --config configs/miniature.py --output-dir outputs/miniature
 
-The model comes with the package. The photographs that the adapters are trained on are drawn into DIR/inputs first
-unless --set data.path names them. What each step costs is in docs/miniature.md.
+The model is what `python -m miniature` trains and installs. The photographs that the adapters are trained on are drawn
+into DIR/inputs first unless --set data.path names them.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from pathlib import Path
 from configs.base import DataConfig, ModelConfig, RunConfig, TrainConfig
 from infinite_id_jax.evaluation.study import Claim, Method, StudyConfig
 from infinite_id_jax.evaluation.world import World
+from infinite_id_jax.files import MINIATURE, miniature
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.stable_diffusion.config import UNetConfig
 from infinite_id_jax.training.objective import MethodConfig
 from infinite_id_jax.training.state import OptimizerConfig
 
-MODEL = Path(__file__).parent.parent / "infinite_id_jax" / "miniature"
 UNET = UNetConfig(
     sample_size=16,
     in_channels=8,
@@ -40,6 +40,8 @@ def prepare(folder: Path, config: TrainConfig) -> TrainConfig:
     """Draw the photographs where the configuration leaves them open."""
     from miniature import identities, pictures
 
+    if config.model.path == str(MINIATURE):
+        miniature()  # or its absence would be known only when all pictures are drawn
     data = Path(config.data.path) if config.data.path else folder / "data"
     if not config.data.path:
         pictures.draw(folder / "pictures", ("identity",))
@@ -48,7 +50,7 @@ def prepare(folder: Path, config: TrainConfig) -> TrainConfig:
 
 
 config = TrainConfig(
-    model=ModelConfig(path=str(MODEL), dtype="float32", architecture=UNET),
+    model=ModelConfig(path=str(MINIATURE), dtype="float32", architecture=UNET),
     data=DataConfig(path="", batch_size=32, resolution=128),
     adapter=AdapterConfig(clip_dim=128, face_dim=128, cross_attention_dim=UNET.cross_attention_dim),
     method=MethodConfig(min_snr_gamma=5.0, remat="none"),
@@ -70,13 +72,13 @@ def world() -> World:
     """Test people, the prompts of the avatars, and the judges."""
     from miniature.world import MiniatureWorld
 
-    return MiniatureWorld(MODEL)
+    return MiniatureWorld(MINIATURE)
 
 
 _MEAN = {"style_merge": "adain_mean"}
 study = StudyConfig(
-    model=str(MODEL),
-    adapters={"full": str(MODEL / "adapter"), "entangled": str(MODEL / "adapter_entangled")},
+    model="miniature",
+    adapters={"full": str(MINIATURE / "adapter"), "entangled": str(MINIATURE / "adapter_entangled")},
     faces="miniature",
     world=world,
     sampling={"steps": 20, "guidance_scale": 5.0, "guidance_rescale": 0.7},

@@ -9,10 +9,10 @@ figures would then be too good.
 import dataclasses
 from typing import Any
 
-from configs.miniature import MODEL
 from configs.miniature import study as defaults
 from infinite_id_jax.evaluation.study import Claim, Method
 from infinite_id_jax.evaluation.world import World
+from infinite_id_jax.files import MINIATURE
 
 _FIRST = 1000  # the study's people are those before
 
@@ -21,7 +21,7 @@ def world() -> World:
     """The study's prompts and judges, and other people."""
     from miniature.world import MiniatureWorld
 
-    return MiniatureWorld(MODEL, first=_FIRST)
+    return MiniatureWorld(MINIATURE, first=_FIRST)
 
 
 _MEAN = {"style_merge": "adain_mean"}

@@ -11,6 +11,18 @@ from typing import Any
 
 from infinite_id_jax.errors import InputError
 
+MINIATURE = Path(__file__).parent / "miniature"
+
+
+def miniature() -> Path:
+    """The folder of the model called "miniature". Raises InputError where its weights are not."""
+    if not MINIATURE.is_dir():
+        raise InputError(
+            "The miniature's weights are not in this installation: train them in a clone of the repository "
+            "(`python -m miniature FOLDER`), or name another model."
+        )
+    return MINIATURE
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -78,8 +78,16 @@ def watermark(image: Image.Image) -> Image.Image:
 
 def shrunk(photo: UInt8[np.ndarray, "H W 3"], by: int) -> UInt8[np.ndarray, "H W 3"]:
     """A photo with the detail of a `by`-th of its sides: as if taken from further away, and enlarged."""
-    height, width = photo.shape[:2]
-    small = Image.fromarray(photo).resize((max(1, width // by), max(1, height // by)), Image.Resampling.BOX)
+    return softened(photo, max(1, min(photo.shape[:2]) // by))
+
+
+def softened(image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "H W 3"]:
+    """An image made smaller, its shorter side to `side` pixels, and as large as it was again."""
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    small = Image.fromarray(image).resize(
+        (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BOX
+    )
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 

@@ -35,7 +35,6 @@ from infinite_id_jax.typing import Array, Float
 from infinite_id_jax.weights import lora as lora_files
 from infinite_id_jax.weights.adapter import check_adapter, load_adapter, save_adapter
 from infinite_id_jax.weights.folder import (
-    MINIATURE,
     StableDiffusionXL,
     describe_base,
     load_base,
@@ -108,7 +107,7 @@ class InfiniteIDPipeline:
     ) -> "InfiniteIDPipeline":
         """Load an SDXL folder (diffusers' layout), single file (CompVis' layout) or hub id, and an adapter.
 
-        "miniature" is the small model that comes with the package: 128 pixels, drawn people, an adapter of its own.
+        "miniature" is the package's own small model: 128 pixels, drawn people, an adapter of its own.
         adapter: a folder of ours, or a published IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus file, which is
         known by its keys; without one, text-to-image only.
         mesh: "data=1,fsdp=1,tensor=1", a mapping, a Mesh, or None for one device. image_encoder: the folder of the
@@ -125,8 +124,8 @@ class InfiniteIDPipeline:
         sharding = None if device_mesh is None else parameter_sharding(device_mesh)
         model = resolve(base if isinstance(base, str) else Path(base))
         settings = None if config is None else Path(config)
-        if model == MINIATURE:
-            adapter, faces = adapter or MINIATURE / "adapter", "miniature" if faces == "auto" else faces
+        if base == "miniature":
+            adapter, faces = adapter or model / "adapter", "miniature" if faces == "auto" else faces
         described = describe_base(model, settings)  # what does not fit is known before anything large is read
         if adapter is not None:
             check_adapter(Path(adapter), described.unet)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infinite_id_jax.errors import InputError, finite
+from infinite_id_jax.files import miniature
 
 if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
@@ -18,9 +19,9 @@ MAX_SIDE = 8192  # far beyond SDXL's training; sizes that overflow XLA's counter
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """The adapter and the face backend of the model that comes with the package. Raises InputError if none is named."""
+    """The miniature's own adapter and face backend. Raises InputError without its weights, or without an adapter."""
     if args.model == "miniature":
-        args.adapter = args.adapter or str(Path(__file__).parent / "miniature" / "adapter")
+        args.adapter = args.adapter or str(miniature() / "adapter")
         args.faces = "miniature" if args.faces == "auto" else args.faces
     if args.adapter is None:
         raise InputError("--adapter is missing: name an adapter's folder, or a published adapter's file.")

@@ -1,7 +1,7 @@
 """Trains the miniature, part by part: python -m miniature FOLDER [PART ...].
 
-What is finished is not repeated, and what was interrupted goes on where it was. docs/miniature.md says what each part
-costs.
+What is finished is not repeated, and what was interrupted goes on where it was. `python -m miniature.curves` tells what
+each part cost.
 """
 
 import argparse
@@ -20,12 +20,8 @@ from safetensors.numpy import load_file
 
 from examples.tiny_sdxl import SCHEDULER
 from infinite_id_jax.command_line import exit_code
-from infinite_id_jax.files import save_json
-from infinite_id_jax.stable_diffusion.config import VAEConfig
-from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
+from infinite_id_jax.files import MINIATURE, save_json
 from infinite_id_jax.weights.export import save_tensors, save_weights
-from infinite_id_jax.weights.folder import MINIATURE
-from infinite_id_jax.weights.load import load_module
 from miniature import check, clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
 
 CONFIG = Path(__file__).parent.parent / "configs" / "miniature.py"
@@ -38,13 +34,8 @@ def train_vae(folder: Path) -> None:
 
 def polish_decoder(folder: Path) -> None:
     """Latents stay as they are, so that this may come before or after the U-Net's training."""
-    model = polish.polish(folder / "polish", read_vae(folder), drawn(folder, "base"))
+    model = polish.polish(folder / "polish", vae.read(folder / "model" / "vae"), drawn(folder, "base"))
     save_module(model, folder / "model" / "vae")
-
-
-def read_vae(folder: Path) -> AutoencoderKL:
-    config = VAEConfig.from_json(folder / "model" / "vae" / "config.json")
-    return load_module(lambda rngs: AutoencoderKL(config, rngs=rngs), folder / "model" / "vae")
 
 
 def train_clip(folder: Path) -> None:
@@ -86,7 +77,7 @@ def train_judge_clip(folder: Path) -> None:
 
 
 def train_unet(folder: Path) -> None:
-    base, autoencoder = folder / "model", read_vae(folder)
+    base, autoencoder = folder / "model", vae.read(folder / "model" / "vae")
     latents = unet.encode(autoencoder, drawn(folder, "base"), folder / "latents.npz")
     text = unet.text_in(base)
     model = unet.train(folder / "unet", drawn(folder, "base"), latents, autoencoder.config.scaling_factor, text)

@@ -11,14 +11,11 @@ from flax import nnx
 from jaxtyping import Float
 
 from data_pipeline.avatars import CLASSES
-from infinite_id_jax.faces.miniature import RECOGNISER, MiniatureFaces, network
+from infinite_id_jax.faces.miniature import RECOGNISER, MiniatureFaces, aligned, network
 from infinite_id_jax.faces.small_resnet import SmallResNetConfig
 from infinite_id_jax.files import save_json
-from infinite_id_jax.stable_diffusion.config import VAEConfig
-from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
-from infinite_id_jax.weights.load import load_module
-from miniature import judges, pictures
-from miniature.faces import unit
+from infinite_id_jax.identity.features import unit
+from miniature import judges, pictures, vae
 
 _PEOPLE = 200  # among whom somebody is looked for
 _BATCH = 64
@@ -30,8 +27,8 @@ def write(folder: Path, drawn: Callable[[str], pictures.Pictures]) -> None:
     found: dict[str, Any] = {
         "autoencoder": autoencoder(folder / "model" / "vae", base),
         "detector": detector(MiniatureFaces(folder / "model" / "faces"), base),
-        "recogniser": rank_1(folder / "model" / "faces" / "recogniser.safetensors", RECOGNISER, folder, identity),
-        "judge_recogniser": rank_1(folder / "judges" / "recogniser.safetensors", judges.RECOGNISER, folder, identity),
+        "recogniser": rank_1(folder / "model" / "faces" / "recogniser.safetensors", RECOGNISER, identity),
+        "judge_recogniser": rank_1(folder / "judges" / "recogniser.safetensors", judges.RECOGNISER, identity),
         "judge_attributes": attributes(folder / "judges" / "attributes.safetensors", base),
     }
     save_json(found, folder / "check.json")
@@ -41,17 +38,14 @@ def write(folder: Path, drawn: Callable[[str], pictures.Pictures]) -> None:
 
 def autoencoder(folder: Path, drawn: pictures.Pictures) -> dict[str, float]:
     """PSNR of whole pictures in decibels, by style."""
-    config = VAEConfig.from_json(folder / "config.json")
-    graph, state = nnx.split(load_module(lambda rngs: AutoencoderKL(config, rngs=rngs), folder))
+    graph, state = nnx.split(vae.read(folder))
 
     @jax.jit
-    def errors(images: jax.Array) -> jax.Array:
-        image = images.astype(jnp.float32) / 127.5 - 1
-        model = nnx.merge(graph, state)
-        again = jnp.clip(model.decode(model.encode(image).mean), -1, 1)
-        return 10 * jnp.log10(4 / jnp.square(again - image).mean((1, 2, 3)))
+    def quality(images: jax.Array) -> jax.Array:
+        image, model = images.astype(jnp.float32) / 127.5 - 1, nnx.merge(graph, state)
+        return vae.psnr(model.decode(model.encode(image).mean), image)
 
-    found = _batched(errors, drawn.images)
+    found = _batched(quality, drawn.images)
     style = drawn.labels[:, list(CLASSES).index("style")]
     return {"all": float(found.mean())} | {
         name: float(found[style == k].mean()) for k, name in enumerate(CLASSES["style"])
@@ -67,11 +61,14 @@ def detector(faces: MiniatureFaces, drawn: pictures.Pictures) -> dict[str, float
     return {"found": float(np.mean(~np.isnan(missed))), "pixels": float(np.nanmean(missed))}
 
 
-def rank_1(path: Path, config: SmallResNetConfig, folder: Path, drawn: pictures.Pictures) -> dict[str, float]:
-    """How often the nearest first photo, of those of `_PEOPLE` people, is that of the right person; and cosines."""
-    finder, photos = MiniatureFaces(folder / "model" / "faces"), pictures.SETS["identity-test"].photos
-    images = drawn.images[: _PEOPLE * photos]
-    crops = np.stack([finder.align(image, finder.detect(image)[0]) for image in images])
+def rank_1(path: Path, config: SmallResNetConfig, drawn: pictures.Pictures) -> dict[str, float]:
+    """How often the nearest first photo, of those of `_PEOPLE` people, is that of the right person; and cosines.
+
+    The crops are cut by the true points: the detector has figures of its own.
+    """
+    photos = pictures.SETS["identity-test"].photos
+    shown = zip(drawn.images[: _PEOPLE * photos], drawn.keypoints, strict=False)
+    crops = np.stack([aligned(image, points.astype(np.float64)) for image, points in shown])
     vectors = np.asarray(unit(jnp.asarray(_batched(network(path, config), crops))))
     by_person = vectors.reshape(_PEOPLE, photos, -1)
     gallery, probes = by_person[:, 0], by_person[:, 1:]

@@ -15,6 +15,8 @@ from data_pipeline.avatar_captions import with_looks
 from data_pipeline.avatars import CLASSES
 from infinite_id_jax.faces.align import clip_crop
 from infinite_id_jax.faces.protocol import Face
+from infinite_id_jax.identity.features import unit
+from infinite_id_jax.images import softened
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig, CLIPVisionConfig
@@ -80,10 +82,6 @@ class Contrast(nnx.Module):
         return unit(self.vision(pixels).image_embeds), [unit(x) for x in projected]
 
 
-def unit(x: Array) -> Array:
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
 def train(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> Contrast:
     """The image encoder and both text encoders of the miniature."""
     return _train(Contrast(VISION, (FIRST, SECOND), rngs=nnx.Rngs(1)), folder, drawn, budget, seed=2)
@@ -114,7 +112,7 @@ def _seen(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """The whole picture or, as often, the head that identities are encoded from; one in four from a smaller one."""
     if rng.random() < 0.25:
-        image = pictures.softened(image, int(pictures.SIZE / rng.uniform(1.3, 8)))
+        image = softened(image, int(pictures.SIZE / rng.uniform(1.3, 8)))
     if rng.random() < 0.5:
         return clip_crop(image, Face((0.0, 0.0, 0.0, 0.0), 1.0, keypoints.astype(np.float64)), size)
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

@@ -18,6 +18,8 @@ from data_pipeline.avatar_svg import BACKDROPS, backdrop, rasterise
 from infinite_id_jax.faces import small_resnet
 from infinite_id_jax.faces.miniature import DETECTOR, PADDING, RECOGNISER, aligned, squared
 from infinite_id_jax.faces.small_resnet import SmallResNetConfig
+from infinite_id_jax.identity.features import unit
+from infinite_id_jax.images import softened
 from infinite_id_jax.typing import Array
 from miniature import pictures
 from miniature.fit import Batch, Budget, fit, rows
@@ -81,7 +83,7 @@ def disturbed(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     size = crop.shape[0] - 2 * _SHIFT
     crop = crop[y : y + size, x : x + size]
     if rng.random() < 0.33:
-        crop = pictures.softened(crop, int(size / rng.uniform(1.3, 8)))
+        crop = softened(crop, int(size / rng.uniform(1.3, 8)))
     return np.clip(crop * rng.uniform(0.85, 1.15), 0, 255).astype(np.uint8)
 
 
@@ -105,10 +107,6 @@ def arcface_loss(
     logits = _SCALE * jnp.where(is_right, wider, cosine)
     top1 = jnp.mean(jnp.argmax(cosine, 1) == batch["person"])
     return -jnp.mean(jax.nn.log_softmax(logits)[is_right.nonzero(size=len(cosine))]), {"top1": top1}
-
-
-def unit(x: Array) -> Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from data_pipeline.generated import Drawing, DrawnPhoto, write_drawn
-from infinite_id_jax.errors import NoFaceError
+from infinite_id_jax.errors import InputError, NoFaceError
 from infinite_id_jax.faces.extract import extract_face
 from infinite_id_jax.faces.miniature import RECOGNISER, MiniatureFaces
 from infinite_id_jax.files import fingerprint
@@ -22,8 +22,8 @@ def write(folder: Path, model: Path, drawn: pictures.Pictures) -> None:
         i = person * photos + photo
         try:
             face = extract_face(drawn.images[i], faces)
-        except NoFaceError:  # as the offline stage does, without a photo; here there must be one
-            raise RuntimeError(f"The detector finds nobody in picture {i}: train it longer.") from None
+        except NoFaceError:  # which the offline stage would leave out; here every person has as many photos
+            raise InputError(f"The miniature's detector finds nobody in picture {i}: train it longer.") from None
         head = resize_and_crop(Image.fromarray(face.clip_crop), clip_size)  # as the pipeline shows it to CLIP
         return DrawnPhoto(drawn.images[i], drawn.captions[i], head, face.recogniser_crop, face.embedding)
 

@@ -14,6 +14,7 @@ import numpy as np
 from data_pipeline.avatars import CLASSES
 from infinite_id_jax.faces import small_resnet
 from infinite_id_jax.faces.small_resnet import SmallResNetConfig
+from infinite_id_jax.images import softened
 from infinite_id_jax.typing import Array
 from miniature import pictures
 from miniature.fit import Batch, Budget, fit, rows
@@ -43,7 +44,7 @@ def _disturbed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     y, x = rng.integers(-4, 5, size=2)
     moved = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="edge")[4 + y : 132 + y, 4 + x : 132 + x]
     if rng.random() < 0.4:
-        moved = pictures.softened(moved, int(rng.integers(48, 112)))
+        moved = softened(moved, int(rng.integers(48, 112)))
     noise = rng.normal(0, rng.uniform(0, 8), (*image.shape[:2], 1)) if rng.random() < 0.5 else 0
     return np.clip(moved * rng.uniform(0.92, 1.08) + noise, 0, 255).astype(np.uint8)
 

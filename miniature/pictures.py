@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline import avatars
@@ -88,12 +87,6 @@ def read(folder: Path, name: str) -> Pictures:
                 parts.append(shard[key])
     images = np.load(together, mmap_mode="r")
     return Pictures(images, captions, **{key: np.concatenate(parts) for key, parts in rest.items()})
-
-
-def softened(image: UInt8[np.ndarray, "s s 3"], side: int) -> UInt8[np.ndarray, "s s 3"]:
-    """A picture made smaller, and as large as it was again."""
-    small = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
-    return np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BICUBIC))
 
 
 def draw(folder: Path, names: Iterable[str] = tuple(SETS), processes: int | None = None) -> None:

@@ -38,7 +38,7 @@ def polish(folder: Path, model: AutoencoderKL, drawn: pictures.Pictures, budget:
         passes = -critic(fixed, again).mean()
         told_drawn = jax.nn.relu(1 - critic(arrays["critic"], image)).mean()
         told_decoded = jax.nn.relu(1 + critic(arrays["critic"], jax.lax.stop_gradient(again))).mean()
-        figures = {"psnr": vae.psnr(again, image), "passes": passes, "told": told_drawn + told_decoded}
+        figures = {"psnr": vae.psnr(again, image).mean(), "passes": passes, "told": told_drawn + told_decoded}
         return vae.difference(again, image) + _WEIGHT * passes + told_drawn + told_decoded, figures
 
     arrays = {"decoder": decoder, "critic": initial_critic(jax.random.key(20))}

@@ -16,6 +16,7 @@ from infinite_id_jax.conditioning import encode_text
 from infinite_id_jax.diffusion.loss import add_noise, min_snr_weight, squared_error
 from infinite_id_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from infinite_id_jax.files import replacing
+from infinite_id_jax.images import softened
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
@@ -75,7 +76,7 @@ def _once_smaller(image: np.ndarray, i: int) -> tuple[np.ndarray, int]:
     if rng.random() >= _SMALL:
         return image, pictures.SIZE
     side = int(rng.integers(32, pictures.SIZE))
-    return pictures.softened(image, side), side
+    return softened(image, side), side
 
 
 class Text(NamedTuple):

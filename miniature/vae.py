@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from infinite_id_jax.stable_diffusion.config import VAEConfig
 from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
 from infinite_id_jax.typing import Array, Float
+from infinite_id_jax.weights.load import load_module
 from miniature import pictures
 from miniature.fit import Batch, Budget, fit_module, rows
 
@@ -40,6 +41,12 @@ def pieces(drawn: pictures.Pictures, count: int, seed: int, step: int) -> Batch:
     return {"images": np.stack(images)}
 
 
+def read(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a model's vae/."""
+    config = VAEConfig.from_json(folder / "config.json")
+    return load_module(lambda rngs: AutoencoderKL(config, rngs=rngs), folder)
+
+
 def scaled(model: AutoencoderKL, images: UInt8[np.ndarray, "n s s 3"]) -> AutoencoderKL:
     """The same, with the `scaling_factor` that gives latents of these images unit variance."""
     graph, state = nnx.split(model)
@@ -57,7 +64,7 @@ def loss(vae: AutoencoderKL, batch: Mapping[str, Array], key: Array) -> tuple[Ar
     again = vae.decode(posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape))
     divergence = 0.5 * (posterior.mean**2 + posterior.std**2 - 1 - 2 * jnp.log(posterior.std))
     per_image = divergence.sum((1, 2, 3)).mean() / (image.shape[1] * image.shape[2] / 64**2)
-    figures = {"psnr": psnr(again, image), "kl": per_image, "std": posterior.std.mean()}
+    figures = {"psnr": psnr(again, image).mean(), "kl": per_image, "std": posterior.std.mean()}
     return difference(again, image) + _KL * per_image, figures
 
 
@@ -68,6 +75,6 @@ def difference(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -
     return jnp.abs(error).mean() + edges + jnp.square(error).mean()
 
 
-def psnr(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Array:
-    """Of values in [-1, 1], in decibels, the mean over images."""
-    return jnp.mean(10 * jnp.log10(4 / jnp.square(jnp.clip(again, -1, 1) - image).mean((1, 2, 3))))
+def psnr(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
+    """Of values in [-1, 1], in decibels."""
+    return 10 * jnp.log10(4 / jnp.square(jnp.clip(again, -1, 1) - image).mean((1, 2, 3)))

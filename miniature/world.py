@@ -18,12 +18,12 @@ from infinite_id_jax.faces import small_resnet
 from infinite_id_jax.faces.align import clip_crop
 from infinite_id_jax.faces.miniature import MiniatureFaces, aligned, network
 from infinite_id_jax.files import fingerprint
+from infinite_id_jax.identity.features import unit
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, preprocess
 from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
 from infinite_id_jax.weights.load import load_module
 from miniature import clip, judges, pictures
-from miniature.faces import unit
 
 _OTHERS = 6  # photos of a person beside the one that is given
 _BATCH = 50
@@ -43,8 +43,8 @@ class MiniatureWorld:
         self._features = network(folder / "recogniser.safetensors", judges.RECOGNISER, small_resnet.features)
         vision = load_module(lambda rngs: CLIPVisionModel(clip.JUDGE_VISION, rngs=rngs), folder / "image_encoder")
         text = load_module(lambda rngs: CLIPTextModel(clip.SECOND, rngs=rngs), folder / "text_encoder")
-        self._see = _compiled(vision, lambda module, images: clip.unit(module(preprocess(images)).image_embeds))
-        self._read = _compiled(text, lambda module, ids: clip.unit(module(ids).pooled))
+        self._see = _compiled(vision, lambda module, images: unit(module(preprocess(images)).image_embeds))
+        self._read = _compiled(text, lambda module, ids: unit(module(ids).pooled))
         self._tokenize = CLIPTokenizer.from_folder(model / "tokenizer")
 
     @property

@@ -19,7 +19,7 @@ ALLOWED = {
     "sharding": GROUND,
     "stable_diffusion": GROUND,
     "diffusion": GROUND,
-    "faces": GROUND,
+    "faces": GROUND | {"files"},
     "identity": BASE,
     "weights": MODELS | {"files"},
     "conditioning": BASE,
@@ -30,7 +30,7 @@ ALLOWED = {
     "pipeline": MODELS | {"conditioning", "faces", "sampling", "sharding", "weights"},
     "training": MODELS | {"conditioning", "files", "sharding", "weights"},
     "previews": MODELS | {"images", "pipeline", "weights"},
-    "request": MODELS | {"faces", "pipeline", "sharding", "weights"},
+    "request": MODELS | {"faces", "files", "pipeline", "sharding", "weights"},
     "__init__": {"pipeline"},
 }
 
@@ -38,7 +38,17 @@ ALLOWED = {
 # The other packages, of which ours knows nothing.
 DATA = BASE | {"command_line", "conditioning", "faces", "files", "sharding", "weights"}
 CONFIGS = BASE | {"evaluation", "files", "identity", "training"}
-MINIATURE = BASE | {"command_line", "conditioning", "diffusion", "evaluation", "faces", "files", "weights"}
+MINIATURE = BASE | {
+    "command_line",
+    "conditioning",
+    "diffusion",
+    "evaluation",
+    "faces",
+    "files",
+    "identity",
+    "images",
+    "weights",
+}
 
 
 def imports(path: Path) -> set[str]:

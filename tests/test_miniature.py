@@ -21,15 +21,18 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import evaluate
 import sample
 from configs.base import load_config
 from data_pipeline import avatars
 from data_pipeline.avatar_captions import PROMPTS, caption, with_looks
 from data_pipeline.records import PhotoDataset
+from infinite_id_jax import files
 from infinite_id_jax.conditioning import latent_shape
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.evaluation.world import World
 from infinite_id_jax.faces import small_resnet
+from infinite_id_jax.faces.backends import get_backend
 from infinite_id_jax.faces.extract import extract_face
 from infinite_id_jax.faces.miniature import DETECTOR, RECOGNISER, TEMPLATE, MiniatureFaces, aligned, network, squared
 from infinite_id_jax.faces.protocol import FaceBackend
@@ -40,7 +43,7 @@ from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig, read_json
 from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
 from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
-from infinite_id_jax.weights.folder import MINIATURE, describe_base, load_base, load_image_encoder, resolve
+from infinite_id_jax.weights.folder import describe_base, load_base, load_image_encoder, resolve
 from infinite_id_jax.weights.load import abstract, load_module
 from miniature import __main__ as program
 from miniature import check, clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
@@ -566,7 +569,7 @@ def test_a_missing_or_damaged_network_is_one_sentence(tmp_path):
     others = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("other", "lacking", "detector")]
     for content in (good[: len(good) // 2], b"", b"\0" * 64, *others):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"recogniser.safetensors is missing or damaged: install .* again\.$"):
+        with pytest.raises(InputError, match=r"recogniser.safetensors is missing or damaged: train .* again\.$"):
             MiniatureFaces(tmp_path)
     path.unlink()
     with pytest.raises(InputError, match=r"recogniser.safetensors is missing"):
@@ -827,17 +830,18 @@ def test_people_are_looked_for_among_others(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     photos = pictures.SETS["identity-test"].photos
     images = np.repeat(rng.integers(256, size=(4, 128, 128, 3)).astype(np.uint8), photos, axis=0)
-    write_faces(tmp_path / "model" / "faces", POINTS / 128 - 0.5, 4.0)
     config = SmallResNetConfig(size=96, widths=(16, 24), outputs=5)
     save_file({k: np.asarray(v) for k, v in random_arrays(config).items()}, tmp_path / "other.safetensors")
-    drawn = pictures.Pictures(images, [], np.zeros(0, np.int32), np.zeros((0, 15), np.int8), np.zeros((0, 5, 2)))
-    found = check.rank_1(tmp_path / "other.safetensors", config, tmp_path, drawn)
+    drawn = pictures.Pictures(
+        images, [], np.zeros(0, np.int32), np.zeros((0, 15), np.int8), np.stack([POINTS] * len(images))
+    )
+    found = check.rank_1(tmp_path / "other.safetensors", config, drawn)
     assert found["rank_1"] == 1
     assert found["cosine_same_person"] == pytest.approx(1, abs=1e-5)
     assert found["cosine_two_people"] < found["cosine_two_people_95"] < 1 - 1e-5
     swapped = images.reshape(4, photos, 128, 128, 3)
     swapped[:, photos // 2 :] = swapped[[1, 0, 3, 2], photos // 2 :]
-    found = check.rank_1(tmp_path / "other.safetensors", config, tmp_path, drawn._replace(images=images))
+    found = check.rank_1(tmp_path / "other.safetensors", config, drawn._replace(images=images))
     assert found["rank_1"] == pytest.approx((photos // 2 - 1) / (photos - 1))
 
 
@@ -866,18 +870,42 @@ def test_missing_judges_are_one_sentence(untrained, tmp_path):
 # The name "miniature".
 
 
-def test_the_name_is_the_model_of_the_package_and_a_path_is_a_path(monkeypatch, tmp_path):
-    assert resolve("miniature") == ROOT / "infinite_id_jax" / "miniature" == MINIATURE
+@pytest.fixture
+def installed(monkeypatch, tmp_path_factory):
+    """Where the weights would be, if they were there."""
+    assert files.MINIATURE == ROOT / "infinite_id_jax" / "miniature"
+    folder = tmp_path_factory.mktemp("package") / "miniature"
+    folder.mkdir()
+    monkeypatch.setattr(files, "MINIATURE", folder)
+    return folder
+
+
+def test_without_its_weights_the_miniature_says_so_at_once(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "MINIATURE", tmp_path / "nowhere")
+    says = "The miniature's weights are not in this installation: train them"
+    for use in (lambda: resolve("miniature"), lambda: get_backend("miniature")):
+        with pytest.raises(InputError, match=says):
+            use()
+    command = ["--id-image", "nobody.png", "--prompt", "a man", "--output-dir", str(tmp_path / "out")]
+    assert sample.main([*command, "--model", "miniature"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+    assert evaluate.main(["--config", str(ROOT / "configs" / "miniature.py"), "--output-dir", str(tmp_path / "o")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_name_is_the_model_of_the_package_and_a_path_is_a_path(installed, monkeypatch, tmp_path):
+    assert resolve("miniature") == installed
     (tmp_path / "miniature").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve("./miniature") == resolve(Path("miniature")) == Path("miniature")
-    assert resolve("miniature") == MINIATURE
+    assert resolve("miniature") == installed
 
 
-def test_the_miniature_brings_its_adapter_and_its_faces():
+def test_the_miniature_brings_its_adapter_and_its_faces(installed):
     given = argparse.Namespace(model="miniature", adapter=None, faces="auto")
     fill_in(given)
-    assert given == argparse.Namespace(model="miniature", adapter=str(MINIATURE / "adapter"), faces="miniature")
+    assert given == argparse.Namespace(model="miniature", adapter=str(installed / "adapter"), faces="miniature")
     for options in (
         {"model": "miniature", "adapter": "mine", "faces": "offline"},
         {"model": "./miniature", "adapter": "mine", "faces": "auto"},
@@ -916,4 +944,4 @@ def test_a_photo_from_further_away():
     assert np.abs(means[0] - means[1]).max() <= 4  # the large is kept; measured: 2
     assert shrunk(photo, 4).shape == photo.shape
     assert np.diff(shrunk(photo, 4).astype(int), axis=1).std() < np.diff(photo.astype(int), axis=1).std() / 4
-    assert np.ptp(shrunk(photo, 50), axis=(0, 1)).max() == 0  # one pixel
+    assert np.ptp(shrunk(photo[:, :24], 50), axis=(0, 1)).max() == 0  # one pixel

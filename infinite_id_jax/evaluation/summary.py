@@ -30,9 +30,7 @@ def write_results(study: StudyConfig, results: Results, folder: Path) -> list[Pa
 
 def summarise(study: StudyConfig, results: Results, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The content of metrics.json."""
-    methods, photos, styles = (
-        tables.methods_table(tables.of_kind(rows, kind)) for kind in ("all", "photo", "style")
-    )  # fmt: skip
+    methods, photos, styles = (tables.methods_table(tables.of_kind(rows, kind)) for kind in ("all", "photo", "style"))
     for name, found in face_sets(results, rows, study.group).items():
         methods[name] |= found
         photos[name] |= found

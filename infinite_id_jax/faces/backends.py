@@ -1,12 +1,12 @@
 """Which face backend to use: by name, or the best one that is installed."""
 
 import importlib.util
-from pathlib import Path
 
 from infinite_id_jax.errors import InputError, MissingExtraError
 from infinite_id_jax.faces.arcface import PACKS, ArcFace, fetch_pack, find_pack, import_insightface
 from infinite_id_jax.faces.mtcnn_dlib import MTCNNDlib
 from infinite_id_jax.faces.protocol import FaceBackend
+from infinite_id_jax.files import miniature
 
 NAMES = ("auto", "offline", "insightface", *(f"insightface/{pack}" for pack in PACKS), "mtcnn_dlib", "miniature")
 
@@ -27,7 +27,7 @@ def get_backend(name: str = "auto", *, download: bool = False) -> FaceBackend:
     if name == "miniature":
         from infinite_id_jax.faces.miniature import MiniatureFaces  # runs on JAX, which takes seconds to import
 
-        return MiniatureFaces(Path(__file__).parent.parent / "miniature" / "faces")
+        return MiniatureFaces(miniature() / "faces")
     if name in ("offline", "mtcnn_dlib"):
         return MTCNNDlib()
     return _insightface(PACKS if name == "insightface" else (name.removeprefix("insightface/"),), download)

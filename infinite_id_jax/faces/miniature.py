@@ -87,6 +87,6 @@ def network(
         stored = {}
     wanted = jax.eval_shape(partial(small_resnet.initial, config), jax.random.key(0))
     if {name: array.shape for name, array in stored.items()} != {name: array.shape for name, array in wanted.items()}:
-        raise InputError(f"{path} is missing or damaged: install infinite_id_jax again.")
+        raise InputError(f"{path} is missing or damaged: train it, or install infinite_id_jax, again.")
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in stored.items()}
     return jax.jit(partial(call, config, arrays))

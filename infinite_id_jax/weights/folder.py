@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 from flax import nnx
 
 from infinite_id_jax.errors import InputError, MissingExtraError
+from infinite_id_jax.files import miniature
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel
 from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig
@@ -20,9 +21,6 @@ from infinite_id_jax.weights.settings import SDXL, Settings, settings_of_folder
 from infinite_id_jax.weights.single_file import check_single_file, marked_schedule, open_parts
 
 M = TypeVar("M", bound=nnx.Module)
-MINIATURE = Path(__file__).parent.parent / "miniature"
-"""The small model that comes with the package."""
-
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", *_TOKENIZERS, "scheduler")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+(@[\w.-]+)?")
@@ -41,11 +39,11 @@ class StableDiffusionXL(NamedTuple):
 def resolve(source: str | Path) -> Path:
     """A local folder or file as it is, or the local copy of a hub id "owner/name" or "owner/name@revision".
 
-    "miniature" is the model that comes with the package (a folder of that name is "./miniature"). The hub is asked only
+    "miniature" is the small model of the package's own (a folder of that name is "./miniature"). The hub is asked only
     for an id whose first part is no local folder. Raises InputError for anything else.
     """
     if source == "miniature":
-        return MINIATURE
+        return miniature()
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
