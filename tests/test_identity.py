@@ -22,8 +22,9 @@ from infinite_id_jax.identity.inject import (
 )
 from infinite_id_jax.identity.mixed_attention import mixed_attention
 from infinite_id_jax.identity.streams import Layout
-from infinite_id_jax.stable_diffusion.attention import dot_product_attention, merge_heads, split_heads
+from infinite_id_jax.stable_diffusion.attention import merge_heads, split_heads
 from infinite_id_jax.stable_diffusion.config import UNetConfig
+from infinite_id_jax.stable_diffusion.kernels import dot_product_attention
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
 from infinite_id_jax.weights.adapter import load_adapter
 from infinite_id_jax.weights.export import torch_state

@@ -11,7 +11,8 @@ from flax import nnx
 
 from infinite_id_jax.identity.adain import merge_style
 from infinite_id_jax.identity.streams import Layout
-from infinite_id_jax.stable_diffusion.attention import Attention, dot_product_attention, merge_heads, split_heads
+from infinite_id_jax.stable_diffusion.attention import Attention, merge_heads, split_heads
+from infinite_id_jax.stable_diffusion.kernels import Linear, dot_product_attention
 from infinite_id_jax.typing import Array, Float, Scalar, Tokens
 
 
@@ -38,8 +39,8 @@ class IdentityProjection(nnx.Module):
     """K'_id and V'_id of one layer: the two linear maps that training adds to each cross-attention."""
 
     def __init__(self, cross_attention_dim: int, inner: int, *, rngs: nnx.Rngs):
-        self.to_k_ip = nnx.Linear(cross_attention_dim, inner, use_bias=False, rngs=rngs)
-        self.to_v_ip = nnx.Linear(cross_attention_dim, inner, use_bias=False, rngs=rngs)
+        self.to_k_ip = Linear(cross_attention_dim, inner, use_bias=False, rngs=rngs)
+        self.to_v_ip = Linear(cross_attention_dim, inner, use_bias=False, rngs=rngs)
 
 
 class IdentityCrossAttention(nnx.Module):

@@ -13,6 +13,7 @@ from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.features import FaceFeatures, unit
 from infinite_id_jax.identity.resampler import Resampler
+from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.typing import Array, Float
 
 
@@ -70,7 +71,7 @@ def _linear(dim_in: int, dim_out: int, rngs: nnx.Rngs) -> nnx.Linear:
     def bias(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any) -> Array:
         return jax.random.uniform(key, shape, dtype, -1, 1) / math.sqrt(dim_in)
 
-    return nnx.Linear(dim_in, dim_out, bias_init=bias, rngs=rngs)
+    return Linear(dim_in, dim_out, bias_init=bias, rngs=rngs)
 
 
 def mix(identities: Sequence[Float[Array, "_ D"]]) -> Float[Array, "K D"]:

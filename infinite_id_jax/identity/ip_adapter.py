@@ -9,6 +9,7 @@ from flax import nnx
 
 from infinite_id_jax.identity.features import FaceFeatures, Needs
 from infinite_id_jax.identity.published import PublishedConfig
+from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.typing import Array, Float
 
 
@@ -31,7 +32,7 @@ class IPAdapterEncoder(nnx.Module):
     def __init__(self, config: IPAdapterConfig, *, rngs: nnx.Rngs):
         width = config.cross_attention_dim
         self.tokens = config.tokens
-        self.proj = nnx.Linear(config.clip_dim, config.tokens * width, rngs=rngs)
+        self.proj = Linear(config.clip_dim, config.tokens * width, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, features: FaceFeatures) -> Float[Array, "B K D"]:

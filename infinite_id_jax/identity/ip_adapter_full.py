@@ -9,6 +9,7 @@ from flax import nnx
 
 from infinite_id_jax.identity.features import FaceFeatures, Needs
 from infinite_id_jax.identity.published import PublishedConfig
+from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.typing import Array, Float
 
 
@@ -29,8 +30,8 @@ class IPAdapterFullEncoder(nnx.Module):
 
     def __init__(self, config: IPAdapterFullConfig, *, rngs: nnx.Rngs):
         width = config.cross_attention_dim
-        self.fc_in = nnx.Linear(config.clip_dim, config.clip_dim, rngs=rngs)
-        self.fc_out = nnx.Linear(config.clip_dim, width, rngs=rngs)
+        self.fc_in = Linear(config.clip_dim, config.clip_dim, rngs=rngs)
+        self.fc_out = Linear(config.clip_dim, width, rngs=rngs)
         self.last_norm = nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, features: FaceFeatures) -> Float[Array, "B K D"]:

@@ -4,6 +4,7 @@ from flax import nnx
 
 from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.stable_diffusion.attention import Attention
+from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.stable_diffusion.low_rank import LowRank
 from infinite_id_jax.typing import Array, Tokens
 
@@ -14,8 +15,8 @@ class LowRankMap(nnx.Module):
     """up(down(x)), of rank `rank` (LoRA, Hu et al. 2021, Sec. 4.1, with alpha equal to the rank)."""
 
     def __init__(self, dim_in: int, dim_out: int, rank: int, *, rngs: nnx.Rngs):
-        self.down = nnx.Linear(dim_in, rank, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(rank, dim_out, use_bias=False, rngs=rngs)
+        self.down = Linear(dim_in, rank, use_bias=False, rngs=rngs)
+        self.up = Linear(rank, dim_out, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.up(self.down(x))

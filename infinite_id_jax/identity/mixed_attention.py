@@ -6,7 +6,7 @@ from jax import lax
 
 from infinite_id_jax.identity.adain import merge_style
 from infinite_id_jax.identity.streams import Layout
-from infinite_id_jax.stable_diffusion.attention import dot_product_attention
+from infinite_id_jax.stable_diffusion.kernels import dot_product_attention
 from infinite_id_jax.typing import Array, Attend, Bool, Heads, KeyHeads
 
 

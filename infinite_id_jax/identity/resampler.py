@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from infinite_id_jax.stable_diffusion.attention import dot_product_attention, merge_heads, split_heads
+from infinite_id_jax.stable_diffusion.attention import merge_heads, split_heads
+from infinite_id_jax.stable_diffusion.kernels import Linear, dot_product_attention
 from infinite_id_jax.typing import Array, Float, Tokens
 
 
@@ -15,9 +16,9 @@ class PerceiverAttention(nnx.Module):
         self.heads = heads
         self.norm1 = _norm(dim, rngs)
         self.norm2 = _norm(dim, rngs)
-        self.to_q = nnx.Linear(dim, heads * head_dim, use_bias=False, rngs=rngs)
-        self.to_kv = nnx.Linear(dim, 2 * heads * head_dim, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(heads * head_dim, dim, use_bias=False, rngs=rngs)
+        self.to_q = Linear(dim, heads * head_dim, use_bias=False, rngs=rngs)
+        self.to_kv = Linear(dim, 2 * heads * head_dim, use_bias=False, rngs=rngs)
+        self.out = Linear(heads * head_dim, dim, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Tokens, latents: Float[Array, "B n C"]) -> Float[Array, "B n C"]:
         x, latents = self.norm1(x), self.norm2(latents)
@@ -31,8 +32,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
         self.norm = _norm(dim, rngs)
-        self.fc_in = nnx.Linear(dim, hidden, use_bias=False, rngs=rngs)
-        self.fc_out = nnx.Linear(hidden, dim, use_bias=False, rngs=rngs)
+        self.fc_in = Linear(dim, hidden, use_bias=False, rngs=rngs)
+        self.fc_out = Linear(hidden, dim, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.fc_out(jax.nn.gelu(self.fc_in(self.norm(x)), approximate=False))
@@ -50,9 +51,9 @@ class Perceiver(nnx.Module):
     def __init__(
         self, dim_in: int, dim: int, dim_out: int, depth: int, heads: int, head_dim: int, hidden: int, *, rngs: nnx.Rngs
     ):
-        self.proj_in = nnx.Linear(dim_in, dim, rngs=rngs)
+        self.proj_in = Linear(dim_in, dim, rngs=rngs)
         self.layers = nnx.List(PerceiverLayer(dim, heads, head_dim, hidden, rngs=rngs) for _ in range(depth))
-        self.proj_out = nnx.Linear(dim, dim_out, rngs=rngs)
+        self.proj_out = Linear(dim, dim_out, rngs=rngs)
         self.norm_out = _norm(dim_out, rngs)
 
     def __call__(self, x: Tokens, latents: Float[Array, "B n _"]) -> Float[Array, "B n _"]:

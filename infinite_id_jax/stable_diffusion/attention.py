@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from infinite_id_jax.typing import Array, Attend, Float, Heads, KeyHeads, Tokens
+from infinite_id_jax.stable_diffusion.kernels import GroupNorm, Linear, dot_product_attention
+from infinite_id_jax.typing import Array, Attend, Float, Heads, Tokens
 
 
 def split_heads(x: Tokens, heads: int) -> Heads:
@@ -16,15 +17,6 @@ def split_heads(x: Tokens, heads: int) -> Heads:
 
 def merge_heads(x: Heads) -> Tokens:
     return rearrange(x, "B L N D -> B L (N D)")
-
-
-def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-    """softmax(q k^T / sqrt(D)) v over [B, L, N, D], softmax in fp32 (Infinite-ID Eq. 2).
-
-    Half precision on a GPU takes cuDNN's fused kernel, which never holds the L x L weights in memory.
-    """
-    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
 
 
 class Attention(nnx.Module):
@@ -38,10 +30,10 @@ class Attention(nnx.Module):
     ):
         inner = heads * head_dim
         self.heads = heads
-        self.to_q = nnx.Linear(query_dim, inner, use_bias=bias, rngs=rngs)
-        self.to_k = nnx.Linear(context_dim, inner, use_bias=bias, rngs=rngs)
-        self.to_v = nnx.Linear(context_dim, inner, use_bias=bias, rngs=rngs)
-        self.to_out = nnx.Linear(inner, query_dim, rngs=rngs)
+        self.to_q = Linear(query_dim, inner, use_bias=bias, rngs=rngs)
+        self.to_k = Linear(context_dim, inner, use_bias=bias, rngs=rngs)
+        self.to_v = Linear(context_dim, inner, use_bias=bias, rngs=rngs)
+        self.to_out = Linear(inner, query_dim, rngs=rngs)
         self.attend: Attend = dot_product_attention
 
     def __call__(self, x: Tokens, context: Float[Array, "B K _"] | None = None) -> Tokens:
@@ -57,8 +49,8 @@ class FeedForward(nnx.Module):
     """GEGLU with the exact GELU: (a * gelu(b)) W, hidden width 4 C."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(dim, 8 * dim, rngs=rngs)
-        self.out = nnx.Linear(4 * dim, dim, rngs=rngs)
+        self.proj = Linear(dim, 8 * dim, rngs=rngs)
+        self.out = Linear(4 * dim, dim, rngs=rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -97,7 +89,7 @@ class Transformer2DModel(nnx.Module):
         linear_projection: bool,
         rngs: nnx.Rngs,
     ):
-        self.norm = nnx.GroupNorm(channels, groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+        self.norm = GroupNorm(channels, groups, eps=1e-6, rngs=rngs)
         self.proj_in = _projection(channels, linear_projection, rngs)
         self.transformer_blocks = nnx.List(
             BasicTransformerBlock(channels, heads, cross_attention_dim, rngs=rngs) for _ in range(layers)
@@ -119,5 +111,5 @@ def _layer_norm(dim: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
 def _projection(channels: int, linear: bool, rngs: nnx.Rngs) -> nnx.Linear | nnx.Conv:
     """SD 1.5 projects with a 1x1 convolution, SD 2 and SDXL with a linear map: equal but for the weight's shape."""
     if linear:
-        return nnx.Linear(channels, channels, rngs=rngs)
+        return Linear(channels, channels, rngs=rngs)
     return nnx.Conv(channels, channels, (1, 1), rngs=rngs)

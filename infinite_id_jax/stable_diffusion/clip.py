@@ -13,6 +13,7 @@ from flax import nnx
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig, CLIPVisionConfig
+from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.typing import Array, Float, Int, Tokens
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
@@ -64,10 +65,10 @@ class Attention(nnx.Module):
             )
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Tokens, *, causal: bool) -> Tokens:
         q, k, v = (
@@ -83,8 +84,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.activation = activation(config.hidden_act)
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.fc2(self.activation(self.fc1(x)))

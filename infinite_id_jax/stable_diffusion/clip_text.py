@@ -8,6 +8,7 @@ from flax import nnx
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.clip import Encoder, layer_norm, look_up
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig
+from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.typing import Array, Float, Int, Tokens
 
 LEGACY_EOS = 2  # configurations written before transformers 4.31 hold this instead of the vocabulary's EOS
@@ -50,7 +51,7 @@ class CLIPTextModel(nnx.Module):
         self.encoder = Encoder(config, rngs=rngs)
         self.final_layer_norm = layer_norm(config, rngs)
         if config.with_projection:
-            self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+            self.text_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "B L"]) -> TextOutput:
         """Encode token ids [B, L], L up to `max_position_embeddings`, each row with an EOS."""

@@ -12,6 +12,7 @@ from PIL import Image
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.clip import Encoder, layer_norm
 from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig
+from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.typing import Array, Float, Tokens, UInt8
 
 # Per-channel RGB statistics of CLIP's training images (openai/CLIP, clip.py).
@@ -63,7 +64,7 @@ class CLIPVisionModel(nnx.Module):
         self.pre_layrnorm = layer_norm(config, rngs)  # the checkpoints' spelling
         self.encoder = Encoder(config, rngs=rngs)
         self.post_layernorm = layer_norm(config, rngs)
-        self.visual_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> VisionOutput:
         """Encode images normalised by `preprocess`, H = W = `config.image_size`; InputError for another size."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from infinite_id_jax.stable_diffusion.kernels import GroupNorm, Linear, convolve
 from infinite_id_jax.typing import Array, Float
 
 FeatureMap = Float[Array, "B H W C"]
@@ -12,7 +13,7 @@ Resized = Float[Array, "B _ _ _"]
 
 
 def conv3x3(channels_in: int, channels_out: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(channels_in, channels_out, (3, 3), padding=1, rngs=rngs)
+    return nnx.Conv(channels_in, channels_out, (3, 3), padding=1, conv_general_dilated=convolve, rngs=rngs)
 
 
 class ResnetBlock2D(nnx.Module):
@@ -21,11 +22,11 @@ class ResnetBlock2D(nnx.Module):
     def __init__(
         self, channels_in: int, channels_out: int, *, time_dim: int | None, groups: int, eps: float, rngs: nnx.Rngs
     ):
-        self.norm1 = nnx.GroupNorm(channels_in, groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
+        self.norm1 = GroupNorm(channels_in, groups, eps=eps, rngs=rngs)
         self.conv1 = conv3x3(channels_in, channels_out, rngs)
         if time_dim is not None:
-            self.time_emb_proj = nnx.Linear(time_dim, channels_out, rngs=rngs)
-        self.norm2 = nnx.GroupNorm(channels_out, groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
+            self.time_emb_proj = Linear(time_dim, channels_out, rngs=rngs)
+        self.norm2 = GroupNorm(channels_out, groups, eps=eps, rngs=rngs)
         self.conv2 = conv3x3(channels_out, channels_out, rngs)
         if channels_in != channels_out:
             self.conv_shortcut = nnx.Conv(channels_in, channels_out, (1, 1), rngs=rngs)
@@ -43,7 +44,9 @@ class Downsample2D(nnx.Module):
 
     def __init__(self, channels: int, *, asymmetric: bool = False, rngs: nnx.Rngs):
         padding = ((0, 1), (0, 1)) if asymmetric else ((1, 1), (1, 1))
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=padding, rngs=rngs)
+        self.conv = nnx.Conv(
+            channels, channels, (3, 3), strides=2, padding=padding, conv_general_dilated=convolve, rngs=rngs
+        )
 
     def __call__(self, x: FeatureMap) -> Resized:
         return self.conv(x)

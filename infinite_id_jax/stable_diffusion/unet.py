@@ -10,6 +10,7 @@ from flax import nnx
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.attention import Transformer2DModel
 from infinite_id_jax.stable_diffusion.config import UNetConfig
+from infinite_id_jax.stable_diffusion.kernels import GroupNorm, Linear
 from infinite_id_jax.stable_diffusion.resnet import (
     Downsample2D,
     FeatureMap,
@@ -41,8 +42,8 @@ def sinusoidal_embedding(
 
 class TimestepEmbedding(nnx.Module):
     def __init__(self, dim_in: int, dim: int, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(dim_in, dim, rngs=rngs)
-        self.linear_2 = nnx.Linear(dim, dim, rngs=rngs)
+        self.linear_1 = Linear(dim_in, dim, rngs=rngs)
+        self.linear_2 = Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B T"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -174,9 +175,7 @@ class UNet2DConditionModel(nnx.Module):
             self.up_blocks.append(UpBlock2D(level, width, taken, last=i == 0, rngs=rngs))
             width = level.channels
 
-        self.conv_norm_out = nnx.GroupNorm(
-            channels[0], config.norm_num_groups, epsilon=config.norm_eps, use_fast_variance=False, rngs=rngs
-        )
+        self.conv_norm_out = GroupNorm(channels[0], config.norm_num_groups, eps=config.norm_eps, rngs=rngs)
         self.conv_out = conv3x3(channels[0], config.out_channels, rngs)
 
     def __call__(

@@ -9,6 +9,7 @@ from flax import nnx
 
 from infinite_id_jax.stable_diffusion.attention import Attention
 from infinite_id_jax.stable_diffusion.config import VAEConfig
+from infinite_id_jax.stable_diffusion.kernels import GroupNorm
 from infinite_id_jax.stable_diffusion.resnet import (
     Downsample2D,
     FeatureMap,
@@ -33,7 +34,7 @@ class PixelAttention(nnx.Module):
     """One head of self-attention over all pixels, with biases and a residual."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
-        self.group_norm = nnx.GroupNorm(channels, groups, epsilon=_EPS, use_fast_variance=False, rngs=rngs)
+        self.group_norm = GroupNorm(channels, groups, eps=_EPS, rngs=rngs)
         self.attention = Attention(channels, channels, 1, channels, bias=True, rngs=rngs)
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
@@ -85,7 +86,7 @@ class Encoder(nnx.Module):
             for i, width in enumerate(channels)
         )
         self.mid_block = MidBlock2D(channels[-1], groups, rngs=rngs)
-        self.conv_norm_out = nnx.GroupNorm(channels[-1], groups, epsilon=_EPS, use_fast_variance=False, rngs=rngs)
+        self.conv_norm_out = GroupNorm(channels[-1], groups, eps=_EPS, rngs=rngs)
         self.conv_out = conv3x3(channels[-1], 2 * config.latent_channels, rngs)
 
     def __call__(self, x: Image) -> Resized:
@@ -104,7 +105,7 @@ class Decoder(nnx.Module):
             DecoderBlock2D(config, channels[max(i - 1, 0)], width, last=i == len(channels) - 1, rngs=rngs)
             for i, width in enumerate(channels)
         )
-        self.conv_norm_out = nnx.GroupNorm(channels[-1], groups, epsilon=_EPS, use_fast_variance=False, rngs=rngs)
+        self.conv_norm_out = GroupNorm(channels[-1], groups, eps=_EPS, rngs=rngs)
         self.conv_out = conv3x3(channels[-1], config.out_channels, rngs)
 
     def __call__(self, z: Latents) -> Resized:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from infinite_id_jax.stable_diffusion.kernels import GroupNorm
+
 Path = tuple[str | int, ...]
 
 
@@ -32,7 +34,7 @@ _LEAF_RULES: dict[tuple[type, str], tuple[str, tuple[int, ...] | None]] = {
     (nnx.Conv, "kernel"): ("weight", (3, 2, 0, 1)),
     (nnx.Embed, "embedding"): ("weight", None),
     (nnx.LayerNorm, "scale"): ("weight", None),
-    (nnx.GroupNorm, "scale"): ("weight", None),
+    (GroupNorm, "scale"): ("weight", None),
 }
 
 _RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (

@@ -1,0 +1,211 @@
+"""The frame of the benchmarks that have a peer: both sides in one process, turn by turn, on the same weights.
+
+Each prints a table and writes JSON: rows of {"name", "ours_s", "peer_s", "ratio", "tflops", "peak_bytes", ...} with
+ratio = ours / peer, medians over repeats that take turns.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from infinite_id_jax.errors import InputError
+from infinite_id_jax.files import save_json
+
+# jax and torch are imported where they are used: --device decides first what JAX may see.
+
+SIZES = ("tiny", "small", "full")
+
+
+class Run(NamedTuple):
+    """What the user asked for."""
+
+    device: str  # cpu or gpu
+    size: str  # one of SIZES
+    folder: Path  # for weights; those that lie there already are taken
+    compile_peer: bool
+
+    @property
+    def dtype(self) -> str:
+        """That of both sides."""
+        return "bfloat16" if self.device == "gpu" else "float32"
+
+
+class Case(NamedTuple):
+    """One row: two functions that do the same and return, when all is done, an array [...] of it."""
+
+    name: str
+    ours: Callable[[], Any]
+    peer: Callable[[], Any] | None
+    flops: float | None = None  # of one call of ours
+    peak_bytes: int | None = None  # of the compiled program: arguments, results and what it holds between
+    comparable: bool = True  # False where each side draws its own noise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="cpu: fp32; gpu: bfloat16")
+    parser.add_argument("--size", choices=SIZES, default="small", help="full: SDXL; small: a twentieth; tiny: seconds")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each side (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--keep-weights", type=Path, metavar="FOLDER", help="keep the weights here, to be used again")
+    parser.add_argument(
+        "--compile-peer",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile the peer's U-Net (default: on a GPU)",
+    )
+
+
+def main(
+    module: str, description: str | None, cases: Callable[[Run], Iterator[Case]], arguments: list[str] | None
+) -> int:
+    """The command line of a benchmark; its exit code."""
+    summary = (description or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
+    add_arguments(parser)
+    given = parser.parse_args(arguments)
+    if given.repeats < 1:
+        parser.error(f"--repeats {given.repeats}: give 1 or more.")
+    keep = given.keep_weights
+    try:
+        with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+            compiled = given.device == "gpu" if given.compile_peer is None else given.compile_peer
+            run = Run(given.device, given.size, Path(folder), compiled)
+            report = measure(run, cases, given.repeats)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{summary}\n{table(report)}")
+    if given.json:
+        save_json(report, given.json)
+    return 0
+
+
+def measure(run: Run, cases: Callable[[Run], Iterator[Case]], repeats: int) -> dict[str, Any]:
+    """All rows, the measured ceiling, and what it ran on. Raises InputError where the device is missing."""
+    surroundings = {"load_average": os.getloadavg()[0]}  # before ours
+    take_device(run.device)
+    ceiling = matmul_ceiling(run)
+    rows = []
+    for case in cases(run):
+        rows.append(measure_case(case, repeats, ceiling))
+        print(f"{case.name}: {rows[-1]['ours_s']:.4g} s", file=sys.stderr)
+    return {
+        "device": describe_device(run.device),
+        "size": run.size,
+        "dtype": run.dtype,
+        "peer_compiled": run.compile_peer,
+        "ceiling_tflops": ceiling / 1e12,
+        "machine": surroundings | machine(),
+        "rows": rows,
+    }
+
+
+def measure_case(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
+    """Both warmed up and compared, then timed in turns."""
+    results = [np.asarray(side(), np.float32) for side in (case.ours, case.peer) if side is not None]
+    error = relative_error(*results) if case.comparable and len(results) == 2 else None
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for side, taken in zip((case.ours, case.peer), seconds, strict=True):
+            if side is not None:
+                start = time.perf_counter()
+                side()
+                taken.append(time.perf_counter() - start)
+    ours, peer = (statistics.median(taken) if taken else None for taken in seconds)
+    assert ours is not None
+    speed = None if case.flops is None else case.flops / ours
+    return {
+        "name": case.name,
+        "ours_s": ours,
+        "peer_s": peer,
+        "ratio": None if peer is None else ours / peer,
+        "tflops": None if speed is None else speed / 1e12,
+        "ceiling_share": None if speed is None else speed / ceiling,
+        "peak_bytes": case.peak_bytes,
+        "error": error,
+        "ours_runs_s": seconds[0],
+        "peer_runs_s": seconds[1],
+    }
+
+
+def relative_error(ours: np.ndarray, peer: np.ndarray) -> float:
+    """Largest absolute error over the largest absolute value. NaN if either has one."""
+    return float(np.abs(ours - peer).max() / np.abs(peer).max())
+
+
+def take_device(device: str) -> None:
+    """Settle what JAX and PyTorch run on. Raises InputError where there is no GPU."""
+    import jax
+    import torch
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or PyTorch has no memory left
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        return
+    for name, seen, extra in (
+        ("JAX", jax.default_backend() == "gpu", "install the extra cuda"),
+        ("PyTorch", torch.cuda.is_available(), "install its CUDA build"),
+    ):
+        if not seen:
+            raise InputError(f"{name} sees no GPU: {extra}, or take --device cpu.")
+
+
+def matmul_ceiling(run: Run) -> float:
+    """FLOP/s of a plain square product in this dtype: what no program of products gets beyond."""
+    import jax
+    import jax.numpy as jnp
+
+    side = {"cpu": 2048, "gpu": 8192}[run.device] if run.size != "tiny" else 256
+    a = jnp.ones((side, side), run.dtype)
+    product = jax.jit(lambda a: a @ a)
+    jax.block_until_ready(product(a))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a))
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def describe_device(device: str) -> str:
+    import jax
+
+    return jax.devices()[0].device_kind if device == "gpu" else f"CPU, {os.cpu_count()} cores"
+
+
+def machine() -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "torch", "diffusers")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def table(report: dict[str, Any]) -> str:
+    def number(value: float | None, form: str, unit: float = 1.0) -> str:
+        return "-" if value is None else f"{value / unit:{form}}"
+
+    head = f"{'':34}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'TFLOP/s':>10}{'of peak':>9}{'GB':>8}{'error':>10}"
+    lines = [f"{report['device']}, size {report['size']}, {report['dtype']}", head]
+    for row in report["rows"]:
+        lines.append(
+            f"{row['name']:34}{row['ours_s']:10.4g}{number(row['peer_s'], '.4g'):>10}{number(row['ratio'], '.2f'):>8}"
+            f"{number(row['tflops'], '.3g'):>10}{number(row['ceiling_share'], '.0%'):>9}"
+            f"{number(row['peak_bytes'], '.2f', 1e9):>8}{number(row['error'], '.1e'):>10}"
+        )
+    return "\n".join([*lines, f"Peak: a plain product of matrices reaches {report['ceiling_tflops']:.3g} TFLOP/s."])
+
+
+def program_bytes(compiled: Any) -> int:
+    """What a compiled program holds at most: arguments, results, and what it keeps between."""
+    sizes = compiled.memory_analysis()
+    shared = sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - shared

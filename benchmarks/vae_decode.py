@@ -1,0 +1,47 @@
+"""Latents to pixels: this package against PyTorch diffusers.
+
+python -m benchmarks.vae_decode [--device cpu|gpu] [--size tiny|small|full] [--json FILE]
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks import models
+from benchmarks.compare import Case, Run, main, program_bytes
+
+
+def cases(run: Run) -> Iterator[Case]:
+    """One picture."""
+    import jax
+    from flax import nnx
+
+    from infinite_id_jax.training.flops import count_flops
+    from infinite_id_jax.weights.folder import load_vae, read_settings
+
+    folder, x = models.write(run), models.latents(run, 1)
+    graph, state = nnx.split(load_vae(folder / "model", read_settings(folder / "model"), dtype=run.dtype))
+    theirs = models.peer(run).vae
+    latents = jax.numpy.asarray(x, run.dtype)
+
+    def decode(state: Any, latents: Any) -> jax.Array:
+        return nnx.merge(graph, state).decode(latents)
+
+    def peer() -> np.ndarray:
+        with models.inference():
+            return models.from_torch(theirs.decode(models.to_torch(run, x)).sample)
+
+    compiled = jax.jit(decode).lower(state, latents).compile()
+    yield Case(
+        f"decode, 1 x {models.SIZES[run.size].resolution} px",
+        lambda: np.asarray(compiled(state, latents), np.float32),
+        peer,
+        count_flops(jax.make_jaxpr(decode)(state, latents)),
+        program_bytes(compiled),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("benchmarks.vae_decode", __doc__, cases, None))

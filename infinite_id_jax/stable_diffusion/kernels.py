@@ -1,0 +1,155 @@
+"""Attention and the layers that work is spent in, in the form that the hardware does best.
+
+What was chosen on a CPU was measured there (docs/performance.md); every form is held to the same result by tests.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from infinite_id_jax.typing import Array, Float, Heads, KeyHeads
+
+_ROWS = 256  # queries whose weights over all keys a CPU holds at once: with SDXL's heads they fit its caches
+
+compiling_for = jax.make_user_context(None)
+"""`with compiling_for("tpu"):` chooses for that platform in what is traced inside, whatever JAX runs on here."""
+
+
+def platform() -> str:
+    """What is compiled for, "cpu", "gpu" or "tpu": JAX's default backend unless `compiling_for` says otherwise."""
+    return compiling_for.value or jax.default_backend()
+
+
+def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+    """softmax(q k^T / sqrt(D)) v over [B, L, N, D], softmax in fp32 (Infinite-ID Eq. 2).
+
+    Half precision on a GPU takes cuDNN's fused kernel, and a CPU some queries at a time: neither ever holds all
+    L x L weights in memory.
+    """
+    if platform() == "cpu":
+        return _attend_by_rows(q, k, v)
+    fused = platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
+
+
+def _attend_by_rows(q: Array, k: Array, v: Array) -> Array:
+    """Keys stand transposed in memory, so that every product reads rows; weights are computed again in the gradient."""
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, N, D, K], [B, N, K, D]
+    queries = (q * q.shape[-1] ** -0.5).transpose(0, 2, 1, 3)  # [B, N, L, D]
+    length = queries.shape[2]
+    if length <= 2 * _ROWS:
+        return _weigh(queries, keys, values).transpose(0, 2, 1, 3)
+    parts = -(-length // _ROWS)
+    rows = -(-length // parts)
+    padded = jnp.pad(queries, ((0, 0), (0, 0), (0, parts * rows - length), (0, 0)))
+    split = jnp.moveaxis(padded.reshape(*padded.shape[:2], parts, rows, -1), 2, 0)
+    attended = lax.map(jax.checkpoint(lambda part: _weigh(part, keys, values)), split)  # [parts, B, N, rows, D]
+    return jnp.moveaxis(attended, 0, 2).reshape(padded.shape)[:, :, :length].transpose(0, 2, 1, 3)
+
+
+def _weigh(q: Float[Array, "B N L D"], keys: Float[Array, "B N D K"], v: Float[Array, "B N K D"]) -> Array:
+    rows = (((3,), (2,)), ((0, 1), (0, 1)))
+    logits = lax.dot_general(q, keys, rows, preferred_element_type=jnp.float32)
+    weights = jnp.exp(logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    summed = lax.dot_general(weights.astype(v.dtype), v, rows, preferred_element_type=jnp.float32)
+    return (summed / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)
+
+
+def convolve(
+    x: Array, kernel: Array, strides: Sequence[int], padding: Any, *, dimension_numbers: Any, **options: Any
+) -> Array:
+    """`lax.conv_general_dilated` of NHWC and HWIO, for `nnx.Conv`.
+
+    Where the kernel is larger than what it passes over, a CPU takes one product of patches and kernel: XLA's own
+    convolution has too few pixels there to divide.
+    """
+    height, width, _, channels_out = kernel.shape
+    pixels = x.shape[0] * x.shape[1] * x.shape[2]
+    dense = options.get("feature_group_count", 1) == 1 and isinstance(padding, Sequence) and height * width > 1
+    if platform() == "cpu" and dense and pixels < channels_out and not isinstance(padding, str):
+        return _convolve_patches(x, kernel, strides, padding)
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options)
+
+
+def _convolve_patches(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> Array:
+    height, width, channels_in, channels_out = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = ((size - k) // s + 1 for size, k, s in zip(x.shape[1:3], (height, width), strides, strict=True))
+    shifted = [
+        x[:, i : i + strides[0] * (rows - 1) + 1 : strides[0], j : j + strides[1] * (columns - 1) + 1 : strides[1]]
+        for i in range(height)
+        for j in range(width)
+    ]
+    patches = jnp.concatenate(shifted, axis=-1).reshape(-1, height * width * channels_in)
+    product = patches @ kernel.reshape(-1, channels_out)
+    return product.reshape(x.shape[0], rows, columns, channels_out)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear`, with `product` for its product."""
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(in_features, out_features, dot_general=product, rngs=rngs, **options)
+
+
+def product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """`lax.dot_general` of [..., C] and a kernel [C, D].
+
+    JAX makes the kernel's gradient as the transpose of [D, C], which a CPU takes two to four times longer for.
+    """
+    if platform() == "cpu":
+        return _product(x, kernel)
+    return lax.dot_general(x, kernel, dimension_numbers, **options)
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    return x @ kernel
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    return gradient @ kernel.T, lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation in two passes in fp32, over each channel first and then over the channels of its group.
+
+    No array of the input's size is brought into groups and back: on a CPU that took half of flax's time forward and
+    two thirds of it backward.
+    """
+
+    def __init__(self, channels: int, groups: int, *, eps: float, rngs: nnx.Rngs):
+        """Raises ValueError for groups that do not divide the channels."""
+        if channels % groups:
+            raise ValueError(f"{groups} groups do not divide {channels} channels.")
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Float[Array, "B *size C"]) -> Float[Array, "B *size C"]:
+        """Of any number of axes between rows and channels."""
+        size = tuple(range(1, x.ndim - 1))
+        aligned = (1,) * (x.ndim - 1) + (-1,)
+
+        def over_group(y: Array) -> Array:
+            means = y.mean(axis=size).reshape(x.shape[0], self.groups, -1).mean(axis=-1)
+            return jnp.expand_dims(jnp.repeat(means, x.shape[-1] // self.groups, axis=-1), size)
+
+        scale, bias = (p[...].astype(jnp.float32).reshape(aligned) for p in (self.scale, self.bias))
+        wide = x.astype(jnp.float32)
+        centred = wide - over_group(wide)
+        normed = centred * (lax.rsqrt(over_group(jnp.square(centred)) + self.eps) * scale)
+        return (normed + bias).astype(x.dtype)

@@ -1,0 +1,132 @@
+"""Every form of attention and convolution computes the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from infinite_id_jax.stable_diffusion.kernels import (
+    GroupNorm,
+    compiling_for,
+    convolve,
+    dot_product_attention,
+    platform,
+    product,
+)
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def largest_error(ours, reference):
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
+    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+
+
+def value_and_gradients(function, *arguments):
+    value, backward = jax.vjp(function, *arguments)
+    return value, backward(normal(9, *value.shape))
+
+
+# 600 and 523 queries are taken in parts, 523 with some to spare.
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (64, 77), (64, 128), (512, 512), (600, 1200), (523, 258)])
+def test_attention_by_rows_equals_the_plain_one(queries, keys):
+    q, k, v = normal(0, 2, queries, 3, 8), normal(1, 2, keys, 3, 8), normal(2, 2, keys, 3, 8)
+    ours = value_and_gradients(dot_product_attention, 3 * q, k, v)
+    reference = value_and_gradients(jax.nn.dot_product_attention, 3 * q, k, v)
+    assert largest_error(ours, reference) < 3e-6
+
+
+def test_attention_survives_large_logits():
+    q, k, v = normal(0, 1, 4, 1, 8), normal(1, 1, 5, 1, 8), normal(2, 1, 5, 1, 8)
+    ours = value_and_gradients(dot_product_attention, 1e4 * q, k, v)
+    assert largest_error(ours[0], jax.nn.dot_product_attention(1e4 * q, k, v)) < 1e-6
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(ours))
+
+
+def test_attention_in_half_precision_keeps_its_dtype_and_its_softmax_in_float32():
+    q, k, v = (normal(i, 2, 600, 2, 8).astype(jnp.bfloat16) for i in range(3))
+    ours = dot_product_attention(q, k, v)
+    exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    assert ours.dtype == jnp.bfloat16
+    assert largest_error(ours.astype(jnp.float32), exact) < 0.01
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1))])
+@pytest.mark.parametrize(("size", "kernel"), [(4, (3, 3)), (5, (3, 3)), (5, (2, 3))])
+def test_a_convolution_by_patches_equals_the_plain_one(strides, padding, size, kernel):
+    x, weight = normal(0, 2, size, size, 6), normal(1, *kernel, 6, 64)
+
+    def with_(function):
+        return lambda x, w: function(x, w, strides, padding, dimension_numbers=NHWC)
+
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(with_(convolve))(x, weight))
+    ours = value_and_gradients(with_(convolve), x, weight)
+    assert largest_error(ours, value_and_gradients(with_(lax.conv_general_dilated), x, weight)) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "groups", "target"),
+    [(8, (3, 3), 1, "cpu"), (4, (1, 1), 1, "cpu"), (4, (3, 3), 2, "cpu"), (4, (3, 3), 1, "gpu")],
+)
+def test_elsewhere_the_convolution_is_the_plain_one(side, kernel, groups, target):
+    x, weight = normal(0, 1, side, side, 6), normal(1, *kernel, 6 // groups, 64)
+
+    def call(x):
+        padding = tuple((k // 2, k // 2) for k in kernel)
+        return convolve(x, weight, (1, 1), padding, dimension_numbers=NHWC, feature_group_count=groups)
+
+    with compiling_for(target):
+        assert "conv_general_dilated" in str(jax.make_jaxpr(call)(x))
+
+
+def test_the_target_is_chosen_for_a_while():
+    assert platform() == "cpu"
+    q = jnp.zeros((1, 600, 1, 8))
+    with compiling_for("tpu"):
+        assert platform() == "tpu"
+        assert "scan" not in str(jax.make_jaxpr(dot_product_attention)(q, q, q))
+    assert platform() == "cpu"
+    assert "scan" in str(jax.make_jaxpr(dot_product_attention)(q, q, q))
+
+
+@pytest.mark.parametrize("rows", [(7,), (2, 5), (2, 3, 4)])
+def test_a_product_and_its_gradients_equal_the_plain_ones(rows):
+    x, kernel = normal(0, *rows, 6), normal(1, 6, 8)
+
+    def with_(function):
+        return lambda x, w: function(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+    ours = value_and_gradients(with_(product), x, kernel)
+    assert largest_error(ours, value_and_gradients(with_(lax.dot_general), x, kernel)) < 1e-6
+    assert largest_error(jax.vmap(with_(product), (None, 0))(x, kernel[None]), ours[0][None]) < 1e-6
+    with compiling_for("tpu"):
+        assert "custom_vjp" not in str(jax.make_jaxpr(with_(product))(x, kernel))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 12), (1, 1, 1, 12), (3, 7, 12)])
+def test_group_norm_and_its_gradients_equal_flaxs(shape):
+    x = 3 + normal(0, *shape)
+    flaxs = nnx.GroupNorm(12, 4, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0))
+    ours = GroupNorm(12, 4, eps=1e-5, rngs=nnx.Rngs(0))
+    parameters = {"scale": normal(1, 12), "bias": normal(2, 12)}
+
+    def with_(module):
+        graph, state = nnx.split(module)
+
+        def call(x, parameters):
+            nnx.replace_by_pure_dict(state, parameters)
+            return nnx.merge(graph, state)(x)
+
+        return call
+
+    reference = value_and_gradients(with_(flaxs), x, parameters)
+    assert largest_error(value_and_gradients(with_(ours), x, parameters), reference) < 1e-5
+    half = ours(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
