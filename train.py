@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from infinite_id_jax.training.state import TrainState
     from infinite_id_jax.weights.folder import StableDiffusionXL
 
-CLIP_TOKENS = 257  # of an image in ViT-H/14 and ViT-bigG/14 at 224 px, for --dry-run
+
 _SMALLER = "raise optimizer.accumulate, take method.remat=all, or divide the base with model.sharded=True."
 
 
@@ -326,46 +326,30 @@ def dry_run(config: "TrainConfig") -> str:
     """The budget of a step on the configured mesh, from the shapes of `model.path` or, where that is not at hand, of
     `model.architecture`.
     """
-    import jax
-    import numpy as np
-
-    from infinite_id_jax.diffusion.schedule import ScheduleConfig
-    from infinite_id_jax.sharding import abstract_mesh, batch_sharding
-    from infinite_id_jax.stable_diffusion.config import VAEConfig
-    from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
+    from infinite_id_jax.sharding import abstract_mesh
     from infinite_id_jax.training.budget import make_budget
-    from infinite_id_jax.training.setup import abstract_state, base_sharding, make_objective, state_maker
+    from infinite_id_jax.training.setup import abstract_inputs
     from infinite_id_jax.weights.folder import read_settings
-    from infinite_id_jax.weights.load import abstract, described
 
     here = config.model.path and Path(config.model.path).is_dir()
     architecture = read_settings(Path(config.model.path)).unet if here else config.model.architecture
     mesh = abstract_mesh(config.run.mesh)
-    unet = described(
-        abstract(lambda rngs: UNet2DConditionModel(architecture, rngs=rngs)),
+    inputs = abstract_inputs(
+        architecture,
+        config.adapter,
+        dataclasses.replace(config.method, entangled=False),
+        config.optimizer,
+        mesh,
+        rows=config.data.batch_size,
+        resolution=config.data.resolution,
         dtype=config.model.dtype,
-        sharding=base_sharding(mesh, config.model.sharded),
+        sharded=config.model.sharded,
     )
-    adapter, rows, side = config.adapter, config.data.batch_size, config.data.resolution // VAEConfig().downscale
-    text_off = dataclasses.replace(config.method, entangled=False)
-    objective, frozen = make_objective(text_off, adapter, ScheduleConfig(), VAEConfig().scaling_factor, unet)
-    state = abstract_state(state_maker(objective, adapter, config.optimizer, config.run.seed), frozen, mesh)
-
-    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=batch_sharding(mesh))
-
-    latents = (side, side, architecture.in_channels)
-    batch = {
-        "latent_mean": array(latents, "bfloat16"),
-        "latent_std": array(latents, "bfloat16"),
-        "time_ids": array((6,), "float32"),
-        "face_embedding": array((adapter.face_dim,), "float32"),
-        "clip_hidden_states": array((CLIP_TOKENS, adapter.clip_dim), "bfloat16"),
-    }
-    budget = make_budget(objective, frozen, state, batch, mesh, config.optimizer.accumulate)
+    budget = make_budget(*inputs, mesh, config.optimizer.accumulate)
     source = config.model.path if here else f"the configuration's shapes ({config.model.path or 'no path'} is not here)"
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return f"U-Net of {source}; {rows} rows of {8 * side} px on {sizes}\n{budget.text}"
+    rows = f"{config.data.batch_size} rows of {config.data.resolution} px"
+    return f"U-Net of {source}; {rows} on {sizes}\n{budget.text}"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """From a model folder to what a step needs: the frozen arrays in their places, the objective, the first state."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from infinite_id_jax.diffusion.schedule import ScheduleConfig
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.inject import IdentityAdapter, initialise_from_base
-from infinite_id_jax.sharding import parameter_sharding
+from infinite_id_jax.sharding import batch_sharding, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel
+from infinite_id_jax.stable_diffusion.config import UNetConfig, VAEConfig
 from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
 from infinite_id_jax.training.objective import Frozen, MethodConfig, Objective
 from infinite_id_jax.training.state import (
@@ -22,7 +25,9 @@ from infinite_id_jax.training.state import (
     initial_state,
     state_sharding,
 )
-from infinite_id_jax.weights.load import ShardingRule, abstract
+from infinite_id_jax.weights.load import ShardingRule, abstract, described
+
+CLIP_TOKENS = 257  # of an image in ViT-H/14 and ViT-bigG/14 at 224 px
 
 
 def base_sharding(mesh: Mesh | AbstractMesh, sharded: bool) -> ShardingRule:
@@ -81,3 +86,47 @@ def abstract_state(make: Callable[[Frozen], TrainState], frozen: Frozen, mesh: M
     shapes = jax.eval_shape(make, frozen)
     places = state_sharding(shapes, mesh)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places)
+
+
+class AbstractInputs(NamedTuple):
+    """What a step is traced from where there are no arrays: shapes with their places in a mesh."""
+
+    objective: Objective
+    frozen: Frozen
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def abstract_inputs(
+    architecture: UNetConfig,
+    adapter: AdapterConfig,
+    method: MethodConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    rows: int,
+    resolution: int,
+    dtype: str = "bfloat16",
+    sharded: bool = False,
+) -> AbstractInputs:
+    """A step of identity-enhanced training on `rows` records over all devices, with features computed offline."""
+    unet = described(
+        abstract(lambda rngs: UNet2DConditionModel(architecture, rngs=rngs)),
+        dtype=dtype,
+        sharding=base_sharding(mesh, sharded),
+    )
+    objective, frozen = make_objective(method, adapter, ScheduleConfig(), VAEConfig().scaling_factor, unet)
+    state = abstract_state(state_maker(objective, adapter, optimizer, seed=0), frozen, mesh)
+
+    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=batch_sharding(mesh))
+
+    side = resolution // VAEConfig().downscale
+    batch = {
+        "latent_mean": array((side, side, architecture.in_channels), "bfloat16"),
+        "latent_std": array((side, side, architecture.in_channels), "bfloat16"),
+        "time_ids": array((6,), "float32"),
+        "face_embedding": array((adapter.face_dim,), "float32"),
+        "clip_hidden_states": array((CLIP_TOKENS, adapter.clip_dim), "bfloat16"),
+    }
+    return AbstractInputs(objective, frozen, state, batch)
