@@ -101,7 +101,7 @@ def compile_step(target: Target, layout: str, rows: int, resolution: int, remat:
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
     step = partial(train_step, objective, config.optimizer, places.adapter)
     start = time.perf_counter()
-    with compiling_for(target.platform):
+    with compiling_for(target.platform), jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=1, out_shardings=(places, None)).lower(frozen, state, batch, key)
         compiled = lowered.compile(compiler_options=_EFFORT)
     budget = make_budget(*inputs, mesh.abstract_mesh, 1)

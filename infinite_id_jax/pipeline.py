@@ -1,5 +1,6 @@
 """What a user imports: the whole of sampling in one class."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -276,21 +277,22 @@ class InfiniteIDPipeline:
             report=self._report if progress is not None else None,
         )
         noise = conditioning.initial_noise(len(prompts), shape, seed, latents)
-        ended = self._sample(
-            program,
-            self._unet[1],
-            noise=jnp.repeat(noise, len(people), axis=0) if single or shared else noise,
-            text=self._encode_prompts(prompts, negative_prompt, halves),
-            identity=self._identity_tokens(people, halves),
-            time_ids=conditioning.time_ids(shape[0] * factor, shape[1] * factor),
-            controls=Controls(
-                np.float32(guidance_scale),
-                np.float32(finite("guidance_rescale", guidance_rescale)),
-                layer_scales(self._blocks, id_scale),
-                np.float32(finite("text_scale", text_scale)),
-            ),
-            trajectory=trajectory(scheduler, self.settings.schedule, steps),
-        )
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):  # kernels are divided by it
+            ended = self._sample(
+                program,
+                self._unet[1],
+                noise=jnp.repeat(noise, len(people), axis=0) if single or shared else noise,
+                text=self._encode_prompts(prompts, negative_prompt, halves),
+                identity=self._identity_tokens(people, halves),
+                time_ids=conditioning.time_ids(shape[0] * factor, shape[1] * factor),
+                controls=Controls(
+                    np.float32(guidance_scale),
+                    np.float32(finite("guidance_rescale", guidance_rescale)),
+                    layer_scales(self._blocks, id_scale),
+                    np.float32(finite("text_scale", text_scale)),
+                ),
+                trajectory=trajectory(scheduler, self.settings.schedule, steps),
+            )
         if progress is not None:
             jax.effects_barrier()  # a late report would move the next call's bar
         ended = gathered(ended)

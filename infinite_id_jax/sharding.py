@@ -85,6 +85,8 @@ def parameter_sharding(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, .
         spec = next((spec for pattern, spec in _RULES if re.search(pattern, key)), PartitionSpec())
         if len(shape) == 4:  # a convolution: divide its output channels
             spec = PartitionSpec(None, None, None, "fsdp")
+        if len(shape) == 1 and spec == PartitionSpec("fsdp"):  # a norm's scale: gathering it costs more than keeping it
+            spec = PartitionSpec()
         return NamedSharding(mesh, _fitting(spec, shape, mesh))
 
     return rule

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import compare, pods, sampling, training_step, unet_forward, vae_decode
 from benchmarks.full_size_unet import main, relative_error
 from benchmarks.meter import Meter, Phase
 
@@ -89,3 +90,65 @@ def test_repeats_below_one_are_refused(capsys: pytest.CaptureFixture[str]):
         main(["--repeats", "0"])
     assert stop.value.code == 2
     assert "give 1 or more" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (unet_forward, ["forward, 1 x 128 px", "forward, 2 x 128 px"]),
+        (vae_decode, ["decode, 1 x 128 px"]),
+        (sampling, ["text-to-image, 2 steps", "two streams, 2 identities"]),
+        (training_step, ["step, 2 x 128 px, remat none"]),
+    ],
+    ids=lambda x: x.__name__.rpartition(".")[2] if hasattr(x, "__name__") else "",
+)
+def test_both_sides_do_the_same_work(module, names, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "PEOPLE", (2,))
+    options = ["--size", "tiny", "--repeats", "2", "--keep-weights", str(weights), "--json", str(tmp_path / "out.json")]
+    assert compare.main(module.__name__, module.__doc__, module.cases, options) == 0
+    assert all(name in capsys.readouterr().out for name in names[:1])
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in report["rows"]] == names
+    assert report["ceiling_tflops"] > 0
+    for row in report["rows"]:
+        assert row["ratio"] == pytest.approx(row["ours_s"] / row["peer_s"])
+        assert row["tflops"] > 0
+        assert row["peak_bytes"] > MEGABYTE
+        if module is training_step:
+            assert row["error"] is None  # each side draws its own noise
+        else:
+            assert 0 < row["error"] <= 2e-5  # measured: 2.3e-6
+
+
+def test_a_missing_gpu_is_one_sentence(capsys):
+    assert compare.main("benchmarks.unet_forward", "", unet_forward.cases, ["--device", "gpu"]) == 2
+    assert capsys.readouterr().err == "JAX sees no GPU: install the extra cuda, or take --device cpu.\n"
+
+
+def test_traffic_is_read_off_a_compiled_program():
+    """Of 8 chips: rings send (n - 1) / n of the whole array, an all-reduce twice that."""
+    lines = {
+        "%a = bf16[1024,8]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}": 3 / 4 * 16384,
+        "%b = f32[128,8]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}": 7 / 8 * 32768,
+        "%c = (f32[1024]{0}, f32[]) all-reduce(%x, %y), to_apply=%add": 2 * 7 / 8 * 4100,
+        "%d = (f32[64]{0}, f32[512]{0}) all-gather-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}": 7 / 8 * 2048,
+        "%e = u32[16]{0} collective-permute(%x), source_target_pairs={{0,1}}": 64,
+        "%f = f32[4096]{0} fusion(%a), calls=%all-gather-like": 0,
+    }
+    for line, expected in lines.items():
+        assert pods.traffic(line, 8).bytes_sent == pytest.approx(expected)
+    total = pods.traffic("\n".join(lines), 8)
+    assert total.bytes_sent == pytest.approx(sum(lines.values()))
+    assert total.counts == {"all-gather": 2, "reduce-scatter": 1, "all-reduce": 1, "collective-permute": 1}
+
+
+def test_pods_name_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(pods.os, "environ", {})
+    assert pods.main(["--target", "v5e-16"]) == 2
+    assert "pip install libtpu" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Every form of attention and convolution computes the same."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from infinite_id_jax.sharding import make_mesh
+from infinite_id_jax.stable_diffusion import kernels
 from infinite_id_jax.stable_diffusion.kernels import (
     GroupNorm,
     compiling_for,
@@ -130,3 +134,25 @@ def test_group_norm_and_its_gradients_equal_flaxs(shape):
     assert largest_error(value_and_gradients(with_(ours), x, parameters), reference) < 1e-5
     half = ours(x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tensor=2"])
+def test_attention_in_tiles_equals_the_plain_one(mesh, monkeypatch):
+    """TPU's kernel, interpreted; with a mesh, on each device for its rows and heads."""
+    from jax.experimental.pallas import tpu as pallas
+
+    monkeypatch.setattr(kernels, "_TILE", 128)
+    monkeypatch.setattr(kernels, "_FLASH_TOKENS", 256)
+    q, k, v = normal(0, 4, 256, 2, 64), normal(1, 4, 512, 2, 64), normal(2, 4, 512, 2, 64)
+    expected = value_and_gradients(jax.nn.dot_product_attention, q, k, v)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compiling_for("tpu"))
+        stack.enter_context(pallas.force_tpu_interpret_mode())
+        if mesh:
+            stack.enter_context(jax.set_mesh(make_mesh(mesh)))
+        assert "pallas_call" in str(jax.make_jaxpr(dot_product_attention)(q, k, v))
+        assert ("shard_map" in str(jax.make_jaxpr(dot_product_attention)(q, k, v))) == bool(mesh)
+        ours = jax.jit(lambda *xs: value_and_gradients(dot_product_attention, *xs))(q, k, v)
+        odd = dot_product_attention(q[:3, :200], k[:3], v[:3])  # no whole tiles: the plain one
+    assert largest_error(ours, expected) < 1e-5
+    assert largest_error(odd, jax.nn.dot_product_attention(q[:3, :200], k[:3], v[:3])) < 1e-6

@@ -51,6 +51,13 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert rule("conv_in.weight", (3, 3, 4, 32)).spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")
 
 
+def test_vectors_are_divided_by_no_fsdp():
+    rule = parameter_sharding(make_mesh("fsdp=4,tensor=2"))
+    assert rule("mid_block.x.norm1.weight", (16,)).spec == jax.sharding.PartitionSpec()
+    assert rule("mid_block.x.norm1.bias", (16,)).spec == jax.sharding.PartitionSpec()
+    assert rule("mid_block.x.to_q.bias", (16,)).spec == jax.sharding.PartitionSpec("tensor")
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [

@@ -3,6 +3,8 @@
 What was chosen on a CPU was measured there (docs/performance.md); every form is held to the same result by tests.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,10 @@ from jax import lax
 from infinite_id_jax.typing import Array, Float, Heads, KeyHeads
 
 _ROWS = 256  # queries whose weights over all keys a CPU holds at once: with SDXL's heads they fit its caches
+
+_FLASH_TOKENS = 2048  # queries from which a TPU takes tiles: SDXL's 64 x 64 at 1024 px
+_TILE = 512  # of queries and keys
+_ROW_AXES, _HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of the mesh (sharding.py)
 
 compiling_for = jax.make_user_context(None)
 """`with compiling_for("tpu"):` chooses for that platform in what is traced inside, whatever JAX runs on here."""
@@ -27,13 +33,43 @@ def platform() -> str:
 def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
     """softmax(q k^T / sqrt(D)) v over [B, L, N, D], softmax in fp32 (Infinite-ID Eq. 2).
 
-    Half precision on a GPU takes cuDNN's fused kernel, and a CPU some queries at a time: neither ever holds all
-    L x L weights in memory.
+    Half precision on a GPU takes cuDNN's fused kernel, a TPU Pallas' where there are many tokens, and a CPU some
+    queries at a time: none of them ever holds all L x L weights in memory.
     """
     if platform() == "cpu":
         return _attend_by_rows(q, k, v)
+    if platform() == "tpu" and q.shape[1] >= _FLASH_TOKENS and _in_tiles(q, k):
+        return _attend_in_tiles(q, k, v)
     fused = platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
+
+
+def _in_tiles(q: Array, k: Array) -> bool:
+    """Whether queries and keys are whole tiles, and rows and heads of this mesh's devices whole numbers."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, heads = (math.prod(mesh.shape.get(axis, 1) for axis in axes) for axes in (_ROW_AXES, _HEAD_AXES))
+    return not (q.shape[1] % _TILE or k.shape[1] % _TILE or q.shape[0] % rows or q.shape[2] % heads)
+
+
+def _attend_in_tiles(q: Array, k: Array, v: Array) -> Array:
+    """Pallas' flash attention for TPUs (Dao et al. 2022), on each device for its rows and heads.
+
+    The compiler cannot divide a kernel by itself: the mesh is the one of `jax.set_mesh`, if any.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    tile = dict.fromkeys((field.name for field in dataclasses.fields(pallas.BlockSizes)), _TILE)
+    sizes = pallas.BlockSizes(**tile | {"block_b": 1})
+
+    def attend(*heads: Array) -> Array:
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
+        return pallas.flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes).transpose(0, 2, 1, 3)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(q, k, v)
+    place = jax.sharding.PartitionSpec(_ROW_AXES, None, _HEAD_AXES)
+    return jax.shard_map(attend, in_specs=(place, place, place), out_specs=place, check_vma=False)(q, k, v)
 
 
 def _attend_by_rows(q: Array, k: Array, v: Array) -> Array:

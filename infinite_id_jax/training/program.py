@@ -32,7 +32,7 @@ class TrainProgram:
     ):
         make = state_maker(objective, adapter, optimizer, seed)
         self.abstract = abstract_state(make, frozen, mesh)
-        self._objective, self._frozen = objective, frozen
+        self._objective, self._frozen, self._mesh = objective, frozen, mesh
         self._key = jax.random.key(seed)
         self._flops: dict[tuple[int, int], float] = {}  # of one row, by size
         places = jax.tree.map(lambda x: x.sharding, self.abstract)
@@ -47,7 +47,8 @@ class TrainProgram:
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step; `state` is used up. Returns before the device has finished."""
-        return self._step(self._frozen, state, batch, self._key)
+        with jax.set_mesh(self._mesh):  # kernels divide themselves by it
+            return self._step(self._frozen, state, batch, self._key)
 
     def flops(self, batch: Batch) -> float:
         """Of one step on this batch over all devices, counted as two forwards of the base."""
@@ -59,9 +60,10 @@ class TrainProgram:
     def validate(self, arrays: Mapping[str, Array], batches: Iterable[Batch]) -> dict[str, float]:
         """Mean errors over the batches, each on noise of its own that is the same at every call."""
         key = jax.random.key(_VALIDATION_SEED)
-        held = [
-            jax.device_get(self._validate(arrays, self._frozen, batch, jax.random.fold_in(key, i)))
-            for i, batch in enumerate(batches)
-        ]
+        with jax.set_mesh(self._mesh):
+            held = [
+                jax.device_get(self._validate(arrays, self._frozen, batch, jax.random.fold_in(key, i)))
+                for i, batch in enumerate(batches)
+            ]
         right, other, none = np.mean(np.asarray(held, np.float64), axis=0).tolist()
         return {"validation_loss": right, "validation_other_person": other, "validation_no_identity": none}

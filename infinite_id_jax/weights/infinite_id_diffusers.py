@@ -159,7 +159,7 @@ def read_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
-def check_number(name: str, value: Any, least: float = -math.inf, kind: Any = NUMBER) -> None:
+def check_number(name: str, value: Any, least: int | float = -math.inf, kind: Any = NUMBER) -> None:
     if not isinstance(value, kind) or not abs(value) < FLOAT32_MAX or value < least:
         what = "one finite number" if kind is NUMBER else f"one whole number of {least} or more"
         raise ValueError(f"{name} {value!r} cannot be used: give {what}.")
