@@ -193,11 +193,11 @@ def table(report: dict[str, Any]) -> str:
     def number(value: float | None, form: str, unit: float = 1.0) -> str:
         return "-" if value is None else f"{value / unit:{form}}"
 
-    head = f"{'':34}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'TFLOP/s':>10}{'of peak':>9}{'GB':>8}{'error':>10}"
+    head = f"{'':52}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'TFLOP/s':>10}{'of peak':>9}{'GB':>8}{'error':>10}"
     lines = [f"{report['device']}, size {report['size']}, {report['dtype']}", head]
     for row in report["rows"]:
         lines.append(
-            f"{row['name']:34}{row['ours_s']:10.4g}{number(row['peer_s'], '.4g'):>10}{number(row['ratio'], '.2f'):>8}"
+            f"{row['name']:52}{row['ours_s']:10.4g}{number(row['peer_s'], '.4g'):>10}{number(row['ratio'], '.2f'):>8}"
             f"{number(row['tflops'], '.3g'):>10}{number(row['ceiling_share'], '.0%'):>9}"
             f"{number(row['peak_bytes'], '.2f', 1e9):>8}{number(row['error'], '.1e'):>10}"
         )

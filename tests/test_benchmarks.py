@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import compare, pods, sampling, training_step, unet_forward, vae_decode
+from benchmarks import compare, kernels, pods, sampling, training_step, unet_forward, vae_decode
 from benchmarks.full_size_unet import main, relative_error
 from benchmarks.meter import Meter, Phase
 
@@ -123,6 +123,16 @@ def test_both_sides_do_the_same_work(module, names, weights, tmp_path, monkeypat
             assert row["error"] is None  # each side draws its own noise
         else:
             assert 0 < row["error"] <= 2e-5  # measured: 2.3e-6
+
+
+def test_every_layer_is_compared_in_both_forms_and_directions(weights, tmp_path):
+    options = ["--size", "tiny", "--repeats", "1", "--keep-weights", str(weights), "--json", str(tmp_path / "out.json")]
+    assert compare.main("benchmarks.kernels", "", kernels.cases, options) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    forms = ["", ", XLA's", ", gradient", ", gradient, XLA's"]
+    layers = ("attention 1x16x16, 2 heads", "convolution 1x4x4, 16 to 32", "GroupNorm 1x4x4x32")
+    assert [row["name"] for row in rows] == [layer + form for layer in layers for form in forms]
+    assert all(0 <= row["error"] < 1e-5 for row in rows)  # measured: 8.4e-7
 
 
 def test_a_missing_gpu_is_one_sentence(capsys):

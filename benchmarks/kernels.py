@@ -1,0 +1,145 @@
+"""The layers that work is spent in, one by one: ours and XLA's own form of each, both against PyTorch.
+
+    python -m benchmarks.kernels [--device cpu|gpu] [--size tiny|small|full] [--json FILE]
+
+Shapes are SDXL's at 256 px (small), with those at 1024 px too (full).
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.compare import Case, Run, main
+
+# (rows, queries, keys, heads), heads of 64
+ATTENTION = {
+    "tiny": [(1, 16, 16, 2)],
+    "small": [(2, 256, 256, 10), (2, 256, 512, 10), (2, 256, 77, 10), (2, 64, 64, 20)],
+    "full": [(1, 4096, 4096, 10), (1, 4096, 8192, 10), (1, 1024, 1024, 20)],
+}
+# (rows, side, channels in, channels out) of 3 x 3
+CONVOLUTION = {
+    "tiny": [(1, 4, 16, 32)],
+    "small": [(1, 8, 1280, 1280), (2, 8, 2560, 1280), (1, 16, 1280, 640), (1, 32, 320, 320)],
+    "full": [(1, 128, 320, 320), (1, 32, 1280, 1280)],
+}
+# (rows, side, channels), 32 groups
+NORM = {"tiny": [(1, 4, 32)], "small": [(2, 32, 320), (2, 16, 640)], "full": [(1, 128, 320)]}
+
+
+def cases(run: Run) -> Iterator[Case]:
+    """Forward, and with the gradients that training takes."""
+    sizes = ("small", "full") if run.size == "full" else (run.size,)
+    for size in sizes:
+        for rows, queries, keys, heads in ATTENTION[size]:
+            yield from _attention(run, rows, queries, keys, heads)
+        for shape in CONVOLUTION[size]:
+            yield from _convolution(run, *shape)
+        for shape in NORM[size]:
+            yield from _norm(run, *shape)
+
+
+def _attention(run: Run, rows: int, queries: int, keys: int, heads: int) -> Iterator[Case]:
+    import jax
+    import torch.nn.functional as F
+
+    from infinite_id_jax.stable_diffusion.kernels import dot_product_attention
+
+    shapes = [(rows, queries, heads, 64), (rows, keys, heads, 64), (rows, keys, heads, 64)]
+
+    def peer(*inputs: Any) -> Any:
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+
+    name = f"attention {rows}x{queries}x{keys}, {heads} heads"
+    yield from _both(run, name, shapes, dot_product_attention, jax.nn.dot_product_attention, peer)
+
+
+def _convolution(run: Run, rows: int, side: int, channels_in: int, channels_out: int) -> Iterator[Case]:
+    import torch.nn.functional as F
+    from jax import lax
+
+    from infinite_id_jax.stable_diffusion.kernels import convolve
+
+    def of(function: Any) -> Callable[..., Any]:
+        padding, numbers = ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
+        return lambda x, kernel: function(x, kernel, (1, 1), padding, dimension_numbers=numbers)
+
+    def peer(x: Any, kernel: Any) -> Any:
+        return F.conv2d(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), padding=1).permute(0, 2, 3, 1)
+
+    shapes = [(rows, side, side, channels_in), (3, 3, channels_in, channels_out)]
+    name = f"convolution {rows}x{side}x{side}, {channels_in} to {channels_out}"
+    yield from _both(run, name, shapes, of(convolve), of(lax.conv_general_dilated), peer, learned=1)
+
+
+def _norm(run: Run, rows: int, side: int, channels: int) -> Iterator[Case]:
+    import torch.nn.functional as F
+    from flax import nnx
+
+    from infinite_id_jax.stable_diffusion.kernels import GroupNorm
+
+    ours = GroupNorm(channels, 32, eps=1e-5, rngs=nnx.Rngs(0))
+    flaxs = nnx.GroupNorm(channels, 32, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0))
+
+    def peer(x: Any) -> Any:
+        return F.group_norm(x.permute(0, 3, 1, 2), 32, eps=1e-5).permute(0, 2, 3, 1)
+
+    shapes = [(rows, side, side, channels)]
+    yield from _both(run, f"GroupNorm {rows}x{side}x{side}x{channels}", shapes, ours, flaxs, peer)
+
+
+def _both(
+    run: Run, name: str, shapes: list[tuple[int, ...]], ours: Any, plain: Any, peer: Any, learned: int = 0
+) -> Iterator[Case]:
+    """Forward and backward, ours and XLA's; the last `learned` inputs are frozen weights, that get no gradient."""
+    import jax
+    import torch
+
+    from infinite_id_jax.training.flops import count_flops
+
+    place = "cuda" if run.device == "gpu" else "cpu"
+    arrays = [np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)]
+    inputs = [jax.numpy.asarray(x, run.dtype) for x in arrays]
+    tensors = [torch.from_numpy(x).to(place, getattr(torch, run.dtype)) for x in arrays]
+    moving = len(shapes) - learned
+    result = jax.eval_shape(ours, *inputs).shape
+    cotangent = np.random.default_rng(9).normal(size=result).astype(np.float32)
+
+    def wait(x: Any) -> np.ndarray:
+        return x.detach().float().cpu().numpy()
+
+    def forward(function: Any) -> Callable[..., Any]:
+        return jax.jit(function)
+
+    def backward(function: Any) -> Callable[..., Any]:
+        def gradient(*inputs: Any) -> Any:
+            still = inputs[moving:]
+            _, pull = jax.vjp(lambda *xs: function(*xs, *still), *inputs[:moving])
+            return pull(jax.numpy.asarray(cotangent, run.dtype))[0]
+
+        return jax.jit(gradient)
+
+    def peer_forward() -> np.ndarray:
+        with torch.inference_mode():
+            return wait(peer(*tensors))
+
+    def peer_backward() -> np.ndarray:
+        xs = [x.requires_grad_() for x in tensors[:moving]]
+        value = peer(*xs, *tensors[moving:])
+        return wait(torch.autograd.grad(value, xs, torch.from_numpy(cotangent).to(value))[0])
+
+    for kind, make, theirs in (("", forward, peer_forward), (", gradient", backward, peer_backward)):
+        for form, function in (("", ours), (", XLA's", plain)):
+            program = make(function)
+            yield Case(
+                f"{name}{kind}{form}",
+                lambda program=program: np.asarray(program(*inputs), np.float32),
+                theirs,
+                count_flops(jax.make_jaxpr(program)(*inputs)) or None,
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main("benchmarks.kernels", __doc__, cases, None))
