@@ -7,7 +7,7 @@ Text encoding counts on both sides, decoding on neither.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,12 @@ def cases(run: Run) -> Iterator[Case]:
 
 def _case(pipe: Any, name: str, call: Any, peer: Any) -> Case:
     """With the work and the memory of the one program that denoises."""
+    compiled, flops = denoising_program(pipe, call)
+    return Case(name, lambda: call().latents, peer, flops, program_bytes(compiled))
+
+
+def denoising_program(pipe: Any, call: Callable[[], Any]) -> tuple[Any, float]:
+    """What `call` of the pipeline runs on the device, compiled, and its FLOPs."""
     import jax
 
     from infinite_id_jax.sampling import sample_streams
@@ -70,9 +76,8 @@ def _case(pipe: Any, name: str, call: Any, peer: Any) -> Case:
     finally:
         pipe._sample = sample
     program, unet, inputs = seen[0]
-    compiled = sample.lower(program, unet, **inputs).compile()
-    flops = count_flops(jax.make_jaxpr(lambda unet, inputs: sample_streams(program, unet, **inputs))(unet, inputs))
-    return Case(name, lambda: call().latents, peer, flops, program_bytes(compiled))
+    jaxpr = jax.make_jaxpr(lambda unet, inputs: sample_streams(program, unet, **inputs))(unet, inputs)
+    return sample.lower(program, unet, **inputs).compile(), count_flops(jaxpr)
 
 
 if __name__ == "__main__":

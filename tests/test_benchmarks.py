@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import compare, kernels, pods, sampling, training_step, unet_forward, vae_decode
+from benchmarks import cold_start, compare, kernels, pods, sampling, training_step, unet_forward, vae_decode
 from benchmarks.full_size_unet import main, relative_error
-from benchmarks.meter import Meter, Phase
+from benchmarks.meter import Meter, Phase, in_fresh_process
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 2**20
@@ -133,6 +133,14 @@ def test_every_layer_is_compared_in_both_forms_and_directions(weights, tmp_path)
     layers = ("attention 1x16x16, 2 heads", "convolution 1x4x4, 16 to 32", "GroupNorm 1x4x4x32")
     assert [row["name"] for row in rows] == [layer + form for layer in layers for form in forms]
     assert all(0 <= row["error"] < 1e-5 for row in rows)  # measured: 8.4e-7
+
+
+def test_a_new_process_draws_the_peers_image_and_keeps_its_programs(weights, tmp_path):
+    run = compare.Run("cpu", "tiny", weights, compile_peer=False)
+    ours = in_fresh_process(cold_start.first_image, run, tmp_path / "kept")
+    assert any((tmp_path / "kept").iterdir())
+    assert ours.shape == (1, 128, 128, 3)
+    assert 0 < compare.relative_error(ours, cold_start.first_image_of_peer(run)) < 5e-5  # measured: 3.6e-6
 
 
 def test_a_missing_gpu_is_one_sentence(capsys):

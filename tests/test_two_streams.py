@@ -1,11 +1,14 @@
 """Two-stream sampling against the independent PyTorch reference, and the laws of the method."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from benchmarks.sampling import denoising_program
 from infinite_id_jax import FaceFeatures
 from tests import reference_torch as reference
 
@@ -137,3 +140,26 @@ def test_images_match_diffusers(pipe, tiny, noise):
     ours = pipe(PROMPTS, latents=noise, steps=3, output="numpy").images
     # Measured: 3.8e-6.
     assert np.abs(ours - theirs).max() <= 1e-4
+
+
+def test_keys_of_text_and_identities_are_made_once_for_all_steps(pipe, people, noise):
+    """The compiler takes them out of the loop over steps: whoever calls the U-Net need not."""
+    program, _ = denoising_program(pipe, lambda: sample(pipe, people, noise, steps=3))
+    lines = program.as_text().splitlines()
+    body = next(match[1] for line in lines if (match := re.search(r" while\(.*body=%?([\w.-]+)", line)))
+    identities = 2 * len(people) * people[0].tokens.shape[0]  # both halves of guidance
+    texts = 2 * (len(PROMPTS) + len(PROMPTS) * len(people)) * 77
+    called_in = {name: place for line, place in _within(lines) for name in re.findall(r"calls=%?([\w.-]+)", line)}
+    products = rf"= f32\[({identities}|{texts}),\d+\]\S* dot\("
+    made = [called_in.get(place, place) for line, place in _within(lines) if re.search(products, line)]
+    assert len(made) >= 4 * len(pipe.adapter.ip_adapter)
+    assert set(made) == {"ENTRY"} != {body}
+
+
+def _within(lines):
+    """Each line of an HLO text with the computation it stands in."""
+    inside = ""
+    for line in lines:
+        if line.endswith("{"):
+            inside = line.split()[0].lstrip("%")
+        yield line, inside
