@@ -27,7 +27,7 @@ from infinite_id_jax.weights.load import load_module
 from miniature import clip, pictures
 from miniature.fit import Batch, Budget, fit_module, rows
 
-BUDGET = Budget(steps=9000, batch_size=32, learning_rate=1e-3, average=0.9985)
+BUDGET = Budget(steps=6000, batch_size=32, learning_rate=1e-3, average=0.9985)
 SCHEDULE = ScheduleConfig()
 _TEXT_DROP = 0.15  # rows without text, which guidance needs, and which are all that identities are trained on
 _GAMMA = 5.0  # of min-SNR weighting (Hang et al. 2023)
