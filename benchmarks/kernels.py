@@ -30,7 +30,7 @@ NORM = {"tiny": [(1, 4, 32)], "small": [(2, 32, 320), (2, 16, 640)], "full": [(1
 
 
 def cases(run: Run) -> Iterator[Case]:
-    """Forward, and with the gradients that training takes."""
+    """Forward, and forward with the gradients that training takes."""
     sizes = ("small", "full") if run.size == "full" else (run.size,)
     for size in sizes:
         for rows, queries, keys, heads in ATTENTION[size]:
@@ -67,11 +67,11 @@ def _convolution(run: Run, rows: int, side: int, channels_in: int, channels_out:
         return lambda x, kernel: function(x, kernel, (1, 1), padding, dimension_numbers=numbers)
 
     def peer(x: Any, kernel: Any) -> Any:
-        return F.conv2d(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), padding=1).permute(0, 2, 3, 1)
+        return F.conv2d(x, kernel, padding=1)
 
     shapes = [(rows, side, side, channels_in), (3, 3, channels_in, channels_out)]
     name = f"convolution {rows}x{side}x{side}, {channels_in} to {channels_out}"
-    yield from _both(run, name, shapes, of(convolve), of(lax.conv_general_dilated), peer, learned=1)
+    yield from _both(run, name, shapes, of(convolve), of(lax.conv_general_dilated), peer, learned=1, nchw=True)
 
 
 def _norm(run: Run, rows: int, side: int, channels: int) -> Iterator[Case]:
@@ -84,16 +84,27 @@ def _norm(run: Run, rows: int, side: int, channels: int) -> Iterator[Case]:
     flaxs = nnx.GroupNorm(channels, 32, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0))
 
     def peer(x: Any) -> Any:
-        return F.group_norm(x.permute(0, 3, 1, 2), 32, eps=1e-5).permute(0, 2, 3, 1)
+        return F.group_norm(x, 32, eps=1e-5)
 
     shapes = [(rows, side, side, channels)]
-    yield from _both(run, f"GroupNorm {rows}x{side}x{side}x{channels}", shapes, ours, flaxs, peer)
+    yield from _both(run, f"GroupNorm {rows}x{side}x{side}x{channels}", shapes, ours, flaxs, peer, nchw=True)
 
 
 def _both(
-    run: Run, name: str, shapes: list[tuple[int, ...]], ours: Any, plain: Any, peer: Any, learned: int = 0
+    run: Run,
+    name: str,
+    shapes: list[tuple[int, ...]],
+    ours: Any,
+    plain: Any,
+    peer: Any,
+    *,
+    learned: int = 0,
+    nchw: bool = False,
 ) -> Iterator[Case]:
-    """Forward and backward, ours and XLA's; the last `learned` inputs are frozen weights, that get no gradient."""
+    """Forward and backward, ours and XLA's; the last `learned` inputs are frozen weights, that get no gradient.
+
+    With `nchw` the peer gets its own layout, [B, C, H, W] and [out, in, h, w], and gives it.
+    """
     import jax
     import torch
 
@@ -102,22 +113,26 @@ def _both(
     place = "cuda" if run.device == "gpu" else "cpu"
     arrays = [np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)]
     inputs = [jax.numpy.asarray(x, run.dtype) for x in arrays]
-    tensors = [torch.from_numpy(x).to(place, getattr(torch, run.dtype)) for x in arrays]
+    order = {True: (0, 3, 1, 2), False: (0, 1, 2, 3)}[nchw]
+    axes = [order] * (len(shapes) - learned) + [(3, 2, 0, 1)] * learned
+    placed = [np.ascontiguousarray(x.transpose(a)) for x, a in zip(arrays, axes, strict=True)]
+    tensors = [torch.from_numpy(x).to(place, getattr(torch, run.dtype)) for x in placed]
     moving = len(shapes) - learned
     result = jax.eval_shape(ours, *inputs).shape
     cotangent = np.random.default_rng(9).normal(size=result).astype(np.float32)
+    theirs_back = torch.from_numpy(np.ascontiguousarray(cotangent.transpose(order))).to(tensors[0])
 
     def wait(x: Any) -> np.ndarray:
-        return x.detach().float().cpu().numpy()
+        return x.detach().float().cpu().numpy().transpose(np.argsort(order))
 
     def forward(function: Any) -> Callable[..., Any]:
-        return jax.jit(function)
+        return jax.jit(lambda *inputs: (function(*inputs),))
 
     def backward(function: Any) -> Callable[..., Any]:
         def gradient(*inputs: Any) -> Any:
             still = inputs[moving:]
-            _, pull = jax.vjp(lambda *xs: function(*xs, *still), *inputs[:moving])
-            return pull(jax.numpy.asarray(cotangent, run.dtype))[0]
+            value, pull = jax.vjp(lambda *xs: function(*xs, *still), *inputs[:moving])
+            return pull(jax.numpy.asarray(cotangent, run.dtype))[0], value
 
         return jax.jit(gradient)
 
@@ -128,16 +143,16 @@ def _both(
     def peer_backward() -> np.ndarray:
         xs = [x.requires_grad_() for x in tensors[:moving]]
         value = peer(*xs, *tensors[moving:])
-        return wait(torch.autograd.grad(value, xs, torch.from_numpy(cotangent).to(value))[0])
+        return wait(torch.autograd.grad(value, xs, theirs_back)[0])
 
-    for kind, make, theirs in (("", forward, peer_forward), (", gradient", backward, peer_backward)):
+    for kind, make, theirs in (("", forward, peer_forward), (" and gradient", backward, peer_backward)):
         for form, function in (("", ours), (", XLA's", plain)):
             program = make(function)
             yield Case(
                 f"{name}{kind}{form}",
-                lambda program=program: np.asarray(program(*inputs), np.float32),
+                lambda program=program: np.asarray(program(*inputs)[0], np.float32),
                 theirs,
-                count_flops(jax.make_jaxpr(program)(*inputs)) or None,
+                None if kind else count_flops(jax.make_jaxpr(program)(*inputs)) or None,
             )
 
 

@@ -135,7 +135,7 @@ class Linear(nnx.Linear):
 def product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
     """`lax.dot_general` of [..., C] and a kernel [C, D].
 
-    JAX makes the kernel's gradient as the transpose of [D, C], which a CPU takes two to four times longer for.
+    JAX makes the kernel's gradient as the transpose of [D, C], which a CPU takes up to four times longer for.
     """
     if platform() == "cpu":
         return _product(x, kernel)
@@ -163,8 +163,7 @@ _product.defvjp(_product_forward, _product_backward)
 class GroupNorm(nnx.Module):
     """Group normalisation in two passes in fp32, over each channel first and then over the channels of its group.
 
-    No array of the input's size is brought into groups and back: on a CPU that took half of flax's time forward and
-    two thirds of it backward.
+    No array of the input's size is brought into groups and back, which costs a CPU time.
     """
 
     def __init__(self, channels: int, groups: int, *, eps: float, rngs: nnx.Rngs):
