@@ -106,24 +106,14 @@ def _both(
     With `nchw` the peer gets its own layout, [B, C, H, W] and [out, in, h, w], and gives it.
     """
     import jax
-    import torch
 
     from infinite_id_jax.training.flops import count_flops
 
-    place = "cuda" if run.device == "gpu" else "cpu"
     arrays = [np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)]
     inputs = [jax.numpy.asarray(x, run.dtype) for x in arrays]
-    order = {True: (0, 3, 1, 2), False: (0, 1, 2, 3)}[nchw]
-    axes = [order] * (len(shapes) - learned) + [(3, 2, 0, 1)] * learned
-    placed = [np.ascontiguousarray(x.transpose(a)) for x, a in zip(arrays, axes, strict=True)]
-    tensors = [torch.from_numpy(x).to(place, getattr(torch, run.dtype)) for x in placed]
     moving = len(shapes) - learned
     result = jax.eval_shape(ours, *inputs).shape
     cotangent = np.random.default_rng(9).normal(size=result).astype(np.float32)
-    theirs_back = torch.from_numpy(np.ascontiguousarray(cotangent.transpose(order))).to(tensors[0])
-
-    def wait(x: Any) -> np.ndarray:
-        return x.detach().float().cpu().numpy().transpose(np.argsort(order))
 
     def forward(function: Any) -> Callable[..., Any]:
         return jax.jit(lambda *inputs: (function(*inputs),))
@@ -136,24 +126,45 @@ def _both(
 
         return jax.jit(gradient)
 
-    def peer_forward() -> np.ndarray:
-        with torch.inference_mode():
-            return wait(peer(*tensors))
-
-    def peer_backward() -> np.ndarray:
-        xs = [x.requires_grad_() for x in tensors[:moving]]
-        value = peer(*xs, *tensors[moving:])
-        return wait(torch.autograd.grad(value, xs, theirs_back)[0])
-
-    for kind, make, theirs in (("", forward, peer_forward), (" and gradient", backward, peer_backward)):
+    theirs = _peer(run, peer, arrays, cotangent, learned, nchw)
+    for kind, make, side in (("", forward, theirs[0]), (" and gradient", backward, theirs[1])):
         for form, function in (("", ours), (", XLA's", plain)):
             program = make(function)
             yield Case(
                 f"{name}{kind}{form}",
                 lambda program=program: np.asarray(program(*inputs)[0], np.float32),
-                theirs,
+                side,
                 None if kind else count_flops(jax.make_jaxpr(program)(*inputs)) or None,
             )
+
+
+def _peer(
+    run: Run, peer: Any, arrays: list[np.ndarray], cotangent: np.ndarray, learned: int, nchw: bool
+) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
+    """Forward, and forward with the gradient of the first input."""
+    import torch
+
+    moving, order = len(arrays) - learned, (0, 3, 1, 2) if nchw else (0, 1, 2, 3)
+
+    def placed(x: np.ndarray, axes: tuple[int, ...]) -> Any:
+        place = "cuda" if run.device == "gpu" else "cpu"
+        return torch.from_numpy(np.ascontiguousarray(x.transpose(axes))).to(place, getattr(torch, run.dtype))
+
+    def wait(x: Any) -> np.ndarray:
+        return x.detach().float().cpu().numpy().transpose(np.argsort(order))
+
+    moved, back = [placed(x, order) for x in arrays[:moving]], placed(cotangent, order)
+    still = [placed(x, (3, 2, 0, 1)) for x in arrays[moving:]]
+
+    def forward() -> np.ndarray:
+        with torch.inference_mode():
+            return wait(peer(*moved, *still))
+
+    def gradient() -> np.ndarray:
+        xs = [x.requires_grad_() for x in moved]
+        return wait(torch.autograd.grad(peer(*xs, *still), xs, back)[0])
+
+    return forward, gradient
 
 
 if __name__ == "__main__":
