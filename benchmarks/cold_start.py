@@ -40,7 +40,7 @@ def first_image(run: Run, kept: Path | None) -> np.ndarray:
         jax.config.update("jax_compilation_cache_dir", str(kept))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     steps, latents = models.SIZES[run.size].steps, models.latents(run, 1)
-    out = models.ours(run)(models.PROMPTS[0], steps=steps, latents=latents, output="numpy", **OPTIONS)
+    out = models.ours(run)(models.PROMPT, steps=steps, latents=latents, output="numpy", **OPTIONS)
     return np.asarray(out.images)
 
 
@@ -50,7 +50,7 @@ def first_image_of_peer(run: Run) -> np.ndarray:
     size = models.SIZES[run.size]
     with models.inference():
         out = models.peer(run)(
-            models.PROMPTS[0],
+            models.PROMPT,
             num_inference_steps=size.steps,
             latents=models.to_torch(run, models.latents(run, 1)),
             height=size.resolution,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import InputError, MissingExtraError
 from infinite_id_jax.files import save_json
 
 # jax and torch are imported where they are used: --device decides first what JAX may see.
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
     name: str
     ours: Callable[[], Any]
-    peer: Callable[[], Any] | None
+    peer: Callable[[], Any]
     flops: float | None = None  # of one call of ours
     peak_bytes: int | None = None  # of the compiled program: arguments, results and what it holds between
     comparable: bool = True  # False where each side draws its own noise
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="cpu: fp32; gpu: bfloat16")
-    parser.add_argument("--size", choices=SIZES, default="small", help="full: SDXL; small: a twentieth; tiny: seconds")
+    parser.add_argument("--size", choices=SIZES, default="small", help="full: SDXL; small: narrower; tiny: seconds")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each side (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--keep-weights", type=Path, metavar="FOLDER", help="keep the weights here, to be used again")
@@ -113,23 +113,21 @@ def measure(run: Run, cases: Callable[[Run], Iterator[Case]], repeats: int) -> d
 
 def measure_case(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
     """Both warmed up and compared, then timed in turns."""
-    results = [np.asarray(side(), np.float32) for side in (case.ours, case.peer) if side is not None]
-    error = relative_error(*results) if case.comparable and len(results) == 2 else None
+    results = [np.asarray(side(), np.float32) for side in (case.ours, case.peer)]
+    error = relative_error(*results) if case.comparable else None
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for side, taken in zip((case.ours, case.peer), seconds, strict=True):
-            if side is not None:
-                start = time.perf_counter()
-                side()
-                taken.append(time.perf_counter() - start)
-    ours, peer = (statistics.median(taken) if taken else None for taken in seconds)
-    assert ours is not None
+            start = time.perf_counter()
+            side()
+            taken.append(time.perf_counter() - start)
+    ours, peer = (statistics.median(taken) for taken in seconds)
     speed = None if case.flops is None else case.flops / ours
     return {
         "name": case.name,
         "ours_s": ours,
         "peer_s": peer,
-        "ratio": None if peer is None else ours / peer,
+        "ratio": ours / peer,
         "tflops": None if speed is None else speed / 1e12,
         "ceiling_share": None if speed is None else speed / ceiling,
         "peak_bytes": case.peak_bytes,
@@ -145,9 +143,14 @@ def relative_error(ours: np.ndarray, peer: np.ndarray) -> float:
 
 
 def take_device(device: str) -> None:
-    """Settle what JAX and PyTorch run on. Raises InputError where there is no GPU."""
+    """Settle what JAX and PyTorch run on. Raises InputError where there is no GPU, or no peer."""
     import jax
-    import torch
+
+    try:
+        import diffusers  # noqa: F401
+        import torch
+    except ImportError:
+        raise MissingExtraError("The peer, PyTorch diffusers,", "test") from None
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or PyTorch has no memory left
     if device == "cpu":
@@ -197,7 +200,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{report['device']}, size {report['size']}, {report['dtype']}", head]
     for row in report["rows"]:
         lines.append(
-            f"{row['name']:52}{row['ours_s']:10.4g}{number(row['peer_s'], '.4g'):>10}{number(row['ratio'], '.2f'):>8}"
+            f"{row['name']:52}{row['ours_s']:10.4g}{row['peer_s']:10.4g}{row['ratio']:8.2f}"
             f"{number(row['tflops'], '.3g'):>10}{number(row['ceiling_share'], '.0%'):>9}"
             f"{number(row['peak_bytes'], '.2f', 1e9):>8}{number(row['error'], '.1e'):>10}"
         )

@@ -14,11 +14,9 @@ The full size takes 10.3 GB of disk, 12 GB of free memory and some minutes; `tin
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -30,7 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.compare import machine, relative_error
 from benchmarks.meter import PROCESS_STATUS, Meter, Phase, in_fresh_process
+from benchmarks.models import SIZES
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import save_json
 from infinite_id_jax.stable_diffusion.config import UNetConfig
@@ -47,28 +47,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "full": Case(
-        UNetConfig(
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
-        latent_size=32,
-    ),
-    "tiny": Case(
-        UNetConfig(
-            block_out_channels=(32, 64, 64),
-            layers_per_block=1,
-            transformer_layers_per_block=(1, 1, 2),
-            attention_head_dim=(2, 4, 4),
-            cross_attention_dim=64,
-            norm_num_groups=8,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 32,
-        ),
-        latent_size=16,
-    ),
+    "full": Case(SIZES["full"].settings.unet, latent_size=32),
+    "tiny": Case(SIZES["tiny"].settings.unet, latent_size=16),
 }
 
 
@@ -223,11 +203,6 @@ def _measure_forward(meter: Meter, forward: Callable[[], Any], repeats: int) -> 
 # The report
 
 
-def relative_error(ours: np.ndarray, peer: np.ndarray) -> float:
-    """Largest absolute error over the largest absolute value. NaN if either has one."""
-    return float(np.abs(ours - peer).max() / np.abs(peer).max())
-
-
 def rows(ours: Measured, peer: Measured, weights: int) -> list[dict[str, Any]]:
     """One per phase, memory in bytes; None for what a side does not do. Loading comes first, the warm forward last."""
     result = []
@@ -287,20 +262,10 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def machine() -> dict[str, Any]:
-    packages = ("jax", "flax", "torch", "diffusers")
-    return {
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def run(size: str, repeats: int, folder: Path) -> dict[str, Any]:
     """Write the weights unless `folder` has them, measure both sides, compare."""
     case = CASES[size]
-    surroundings = machine()  # the load before ours
+    surroundings = {"cpus": os.cpu_count(), "load_average": os.getloadavg()[0], **machine()}  # the load before ours
     if not (folder / INDEX).exists():
         in_fresh_process(write_random_unet, case.config, folder)
     inputs = random_inputs(case)

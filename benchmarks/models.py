@@ -15,7 +15,7 @@ from infinite_id_jax.weights.settings import SDXL, Settings
 # jax and torch are imported where they are used: --device decides first what JAX may see.
 
 CLIP_TOKENS, FACE_DIM = 257, 512
-PROMPTS = ("a photo of a person in the snow", "a comic book drawing of a person")
+PROMPT = "a photo of a person in the snow"
 
 
 class Size(NamedTuple):
@@ -105,7 +105,8 @@ def write(run: Run) -> Path:
     vae = random(AutoencoderKL, settings.vae)
     texts = tuple(random(CLIPTextModel, config) for config in settings.text)
     tokenizers = CLIPTokenizer.of_clip(EOS), CLIPTokenizer.of_clip("!")
-    save_base(StableDiffusionXL(settings, unet, vae, (texts[0], texts[1]), tokenizers), folder / "model")
+    if not (folder / "model").exists():  # whole, from a run that was stopped after it
+        save_base(StableDiffusionXL(settings, unet, vae, (texts[0], texts[1]), tokenizers), folder / "model")
     width = settings.unet.cross_attention_dim
     adapter = AdapterConfig(clip_dim=size.clip_dim, face_dim=FACE_DIM, cross_attention_dim=width)
     save_adapter(IdentityAdapter(adapter, unet, rngs=nnx.Rngs(1)), folder / "adapter")

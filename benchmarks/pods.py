@@ -28,7 +28,8 @@ LAYOUTS = {"data": (-1, 1, 1), "fsdp": (1, -1, 1)}
 _EFFORT = {"exec_time_optimization_effort": -1.0, "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "f64": 8, "s64": 8}
 _COLLECTIVE = re.compile(
-    r"= (?P<result>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r"= (?P<result>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\("
 )
 
 
@@ -104,8 +105,8 @@ def compile_step(target: Target, layout: str, rows: int, resolution: int, remat:
     with compiling_for(target.platform), jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=1, out_shardings=(places, None)).lower(frozen, state, batch, key)
         compiled = lowered.compile(compiler_options=_EFFORT)
-    budget = make_budget(*inputs, mesh.abstract_mesh, 1)
-    return compiled, budget.all_flops, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return compiled, make_budget(*inputs, mesh.abstract_mesh, 1).all_flops, seconds
 
 
 def traffic(text: str, chips: int) -> Traffic:
@@ -116,7 +117,8 @@ def traffic(text: str, chips: int) -> Traffic:
     counts, total = Counter[str](), 0.0
     for line in text.splitlines():
         if match := _COLLECTIVE.search(line):
-            kind, size, n = match["kind"], _size(match["result"], bool(match[3])), _group(line, chips)
+            kind, n = match["kind"], _group(line, chips)
+            size = _size(match["result"]) * (_share_of_results(kind, n) if match["start"] else 1)
             counts[kind] += 1
             ring = (n - 1) / n
             total += {
@@ -129,11 +131,15 @@ def traffic(text: str, chips: int) -> Traffic:
     return Traffic(total, dict(counts))
 
 
-def _size(result: str, started: bool) -> int:
-    """Bytes of an instruction's result; what starts a collective names its operands first, then its results."""
+def _share_of_results(kind: str, n: int) -> float:
+    """What starts a collective names its operands and its results; an all-reduce has these alone."""
+    return {"all-gather": n / (n + 1), "reduce-scatter": 1 / (n + 1), "all-reduce": 1.0}.get(kind, 0.5)
+
+
+def _size(result: str) -> int:
+    """Bytes of all arrays of an instruction's result."""
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-    sizes = [_BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays]
-    return max(sizes, default=0) if started else sum(sizes)
+    return sum(_BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays)
 
 
 def _group(line: str, chips: int) -> int:

@@ -34,15 +34,15 @@ def cases(run: Run) -> Iterator[Case]:
         with models.inference():
             options = {"latents": models.to_torch(run, start), "num_inference_steps": steps, "output_type": "latent"}
             options |= dict.fromkeys(("height", "width"), models.SIZES[run.size].resolution)
-            return models.from_torch(theirs(models.PROMPTS[0], **options, **shared).images)
+            return models.from_torch(theirs(models.PROMPT, **options, **shared).images)
 
     def mixed(count: int) -> np.ndarray:
         with models.inference():
             options = {"latents": models.to_torch(run, start), "steps": steps, "output": "latent"}
-            found = theirs.sample(models.PROMPTS[0], peer_people[:count], style_merge="adain_mean", **options, **shared)
+            found = theirs.sample(models.PROMPT, peer_people[:count], style_merge="adain_mean", **options, **shared)
             return models.from_torch(found.latents)
 
-    call = partial(ours, models.PROMPTS[0], steps=steps, latents=start, output="latent", **shared)
+    call = partial(ours, models.PROMPT, steps=steps, latents=start, output="latent", **shared)
     yield _case(ours, f"text-to-image, {steps} steps", call, plain)
     for count in PEOPLE:
         two = partial(call, people[:count], style_merge="adain_mean")

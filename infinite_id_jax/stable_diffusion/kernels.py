@@ -18,6 +18,7 @@ from infinite_id_jax.typing import Array, Float, Heads, KeyHeads
 _ROWS = 256  # queries whose weights over all keys a CPU holds at once: with SDXL's heads they fit its caches
 
 _FLASH_TOKENS = 2048  # queries from which a TPU takes tiles: SDXL's 64 x 64 at 1024 px
+_FLASH_HEAD = 64  # numbers of a head: those of other models, and the VAE's, are left to XLA
 _TILE = 512  # of queries and keys
 _ROW_AXES, _HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of the mesh (sharding.py)
 
@@ -45,10 +46,12 @@ def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
 
 
 def _in_tiles(q: Array, k: Array) -> bool:
-    """Whether queries and keys are whole tiles, and rows and heads of this mesh's devices whole numbers."""
+    """Whether heads are SDXL's, queries and keys whole tiles, and rows and heads of this mesh's devices whole numbers."""
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads = (math.prod(mesh.shape.get(axis, 1) for axis in axes) for axes in (_ROW_AXES, _HEAD_AXES))
-    return not (q.shape[1] % _TILE or k.shape[1] % _TILE or q.shape[0] % rows or q.shape[2] % heads)
+    return q.shape[-1] == _FLASH_HEAD and not (
+        q.shape[1] % _TILE or k.shape[1] % _TILE or q.shape[0] % rows or q.shape[2] % heads
+    )
 
 
 def _attend_in_tiles(q: Array, k: Array, v: Array) -> Array:
@@ -105,8 +108,9 @@ def convolve(
     """
     height, width, _, channels_out = kernel.shape
     pixels = x.shape[0] * x.shape[1] * x.shape[2]
-    dense = options.get("feature_group_count", 1) == 1 and isinstance(padding, Sequence) and height * width > 1
-    if platform() == "cpu" and dense and pixels < channels_out and not isinstance(padding, str):
+    dilations = [*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ())]
+    plain = options.get("feature_group_count", 1) == 1 and set(dilations) <= {1} and not isinstance(padding, str)
+    if platform() == "cpu" and plain and height * width > 1 and pixels < channels_out:
         return _convolve_patches(x, kernel, strides, padding)
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options)
 
