@@ -46,7 +46,7 @@ def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
 
 
 def _in_tiles(q: Array, k: Array) -> bool:
-    """Whether heads are SDXL's, queries and keys whole tiles, and rows and heads of this mesh's devices whole numbers."""
+    """Whether heads are SDXL's, queries and keys whole tiles, and each device has whole rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads = (math.prod(mesh.shape.get(axis, 1) for axis in axes) for axes in (_ROW_AXES, _HEAD_AXES))
     return q.shape[-1] == _FLASH_HEAD and not (
