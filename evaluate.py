@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infinite_id_jax.command_line import INTERRUPTED, exit_code
+from infinite_id_jax.command_line import INTERRUPTED, exit_code, keep_compiled
 from infinite_id_jax.errors import InputError, NoFaceError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     world = study.world()
     people, prompts = world.people(study.identities), world.prompts(study.prompts)
     settle(study, world, people, prompts, args.output_dir)
+    keep_compiled()
     judged = Judged(world, people, prompts, study.group, args.output_dir)
     pipes = Pipelines(study, people)
     for method in tqdm(study.methods, "methods", unit="method"):

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infinite_id_jax.command_line import INTERRUPTED, exit_code
+from infinite_id_jax.command_line import INTERRUPTED, exit_code, keep_compiled
 from infinite_id_jax.errors import InputError, NoFaceError
 from infinite_id_jax.request import (
     check_options,
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save_aligned:
         save_aligned(faces, Path(args.adapter), folder.path)
     if todo:
+        keep_compiled()
         pipe = load_pipeline(args, model)
         draw(pipe, encode(pipe, args, faces), args, todo, folder)
     heads = _pictures(faces) if folder.columns == len(faces) else []
@@ -89,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=30)
     p.add_argument("--guidance-scale", type=float, default=5.0, help="1 or less turns guidance off (default 5)")
     p.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1, against oversaturation (default 0)")
+    p.add_argument(
+        "--guidance-range", type=_range, default=(0, None), metavar="A:B", help="steps with guidance (default all)"
+    )
+    p.add_argument(
+        "--cache-interval", type=int, default=1, metavar="N", help="run the U-Net's inner levels every N steps"
+    )
     p.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
     p.add_argument("--width", type=int)
     p.add_argument("--scheduler", default="ddim", help="ddim, euler or dpm++ (default ddim)")
@@ -220,8 +227,9 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         "layer_range": args.layer_range,
     }
     Switches(**variant)
-    numbers = ("height", "width", "steps", "guidance_scale", "guidance_rescale", "scheduler", "id_scale", "text_scale")
-    return variant | {name: getattr(args, name) for name in numbers} | {"negative_prompt": args.negative_prompt}
+    same = ("height", "width", "steps", "scheduler", "id_scale", "text_scale", "negative_prompt")
+    same += ("guidance_scale", "guidance_rescale", "guidance_range", "cache_interval")
+    return variant | {name: getattr(args, name) for name in same}
 
 
 def load_pipeline(args: argparse.Namespace, model: Path) -> "InfiniteIDPipeline":

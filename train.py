@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from infinite_id_jax.command_line import exit_code
+from infinite_id_jax.command_line import exit_code, keep_compiled
 from infinite_id_jax.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def start_processes(args: argparse.Namespace) -> None:
     """Join the other processes before any device is touched, and keep compiled programs for a restart."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str((args.output_dir / "compiled").absolute()))
+    keep_compiled(args.output_dir / "compiled")
     if args.coordinator is not None:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     elif args.distributed:

@@ -34,6 +34,9 @@ _VARIANTS = (
     ("early_mixing", "with mixed attention in the first half of the steps alone", {"step_range": (0, 10)}),
     ("identity_0.7", "with the identity weighted by 0.7", {"id_scale": 0.7}),
     ("guidance_3", "with a guidance of 3", {"guidance_scale": 3.0}),
+    ("guidance_first", "with guidance in the first half of the steps alone", {"guidance_range": (0, 10)}),
+    ("cached_2", "with the U-Net's inner levels in every second step", {"cache_interval": 2}),
+    ("cached_3", "with the U-Net's inner levels in every third step", {"cache_interval": 3}),
 )
 
 

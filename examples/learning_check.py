@@ -24,7 +24,7 @@ import numpy as np
 import train
 from configs.base import load_config
 from examples.drawn_world import BaseTraining, write_world
-from infinite_id_jax.command_line import exit_code
+from infinite_id_jax.command_line import exit_code, keep_compiled
 from infinite_id_jax.files import replacing
 from infinite_id_jax.sharding import make_mesh
 from infinite_id_jax.training.state import adapter_arrays
@@ -90,8 +90,7 @@ class Verdict(NamedTuple):
 
 def check(folder: Path, sizes: Sizes) -> Verdict:
     """Make what is missing in `folder`, run train.py twice, judge and draw."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").absolute()))
+    keep_compiled(folder / "compiled")
     write_world(folder, people=sizes.people, photos=sizes.photos, training=sizes.base)
     settings = [f"model.path={folder / 'model'}", f"data.path={folder / 'data'}"]
     one_batch = [*settings, "run.validate_every=0", "run.log_every=1", f"data.batch_size={sizes.overfit_rows}"]

@@ -1,15 +1,35 @@
-"""How the programs end: an exit code, and one sentence for what a user can mend."""
+"""How the programs begin and end: compiled programs kept; an exit code, and one sentence for what a user can mend."""
 
 import contextlib
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from infinite_id_jax.errors import InputError
 
 INTERRUPTED = 130
+
+
+def keep_compiled(folder: Path | None = None) -> None:
+    """Let JAX keep what it compiles, so that the same run starts sooner the next time.
+
+    In `folder`, or where caches of a user belong ($XDG_CACHE_HOME, ~/.cache). What the user told JAX about it stands
+    (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE); a folder that cannot be written is left alone.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "infinite_id_jax" / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
 def exit_code(run: Callable[[], int], *, debug: bool, interrupted: str, smaller: str) -> int:

@@ -20,6 +20,14 @@ Split = tuple[nnx.GraphDef, Any]
 """A module as `nnx.split` gives it: its structure, which is compiled in, and its arrays."""
 
 
+def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list. Raises InputError for none."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise InputError("There is no prompt: give at least one.")
+    return listed
+
+
 @partial(jax.jit, static_argnums=1)
 def seeded_noise(seeds: UInt[Array, " P"] | np.ndarray, shape: tuple[int, int, int]) -> Float[Array, "P h w c"]:
     """Unit normal noise, each row from its own seed: a row is the same in any batch."""

@@ -22,7 +22,7 @@ from infinite_id_jax.faces.extract import ExtractedFace, extract_face
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import FaceBackend
 from infinite_id_jax.identity import encoder
-from infinite_id_jax.identity.config import Switches
+from infinite_id_jax.identity.config import Switches, checked_range
 from infinite_id_jax.identity.features import FaceFeatures
 from infinite_id_jax.identity.inject import IdentityAdapter, block_names, inject
 from infinite_id_jax.identity.scales import layer_scales
@@ -227,6 +227,8 @@ class InfiniteIDPipeline:
         steps: int = 30,
         guidance_scale: float = 5.0,
         guidance_rescale: float = 0.0,
+        guidance_range: tuple[int, int | None] = (0, None),
+        cache_interval: int = 1,
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | Array | None = None,
         scheduler: str = "ddim",
@@ -246,17 +248,21 @@ class InfiniteIDPipeline:
         """P prompts x M identities -> P * M images, prompt-major; without identities, P plain SDXL images.
 
         seed: prompt row p starts from the noise of seed + p, or of seed[p]; or from latents[p] of [P, h, w, c], unit
-        normal. guidance_scale of 1 or less turns guidance off and halves the work. negative_prompt None is zero
-        embeddings, "" is encoded. step_range and layer_range (end exclusive) bound where `attention` applies; see
-        `Switches` for the variants. streams: two is Infinite-ID, one the published IP-Adapters' own way of sampling.
-        id_scale: a number, or numbers by block in the form of diffusers' `set_ip_adapter_scale`.
+        normal. guidance_scale of 1 or less turns guidance off and halves the work, as it is halved in the steps outside
+        guidance_range (end exclusive). cache_interval: of how many steps one runs the U-Net's inner levels (DeepCache).
+        negative_prompt None is zero embeddings, "" is encoded. step_range and layer_range (end exclusive) bound where
+        `attention` applies; see `Switches` for the variants. streams: two is Infinite-ID, one the published
+        IP-Adapters' own way of sampling. id_scale: a number, or numbers by block in the form of diffusers'
+        `set_ip_adapter_scale`.
         output: pil, numpy (floats in [0, 1]) or latent (no decoding). progress: called with the number of finished
         steps. Raises InputError for values that cannot be used.
         """
-        prompts, people = _checked_prompts(prompts), checked_people(identities)
+        prompts, people = conditioning.checked_prompts(prompts), checked_people(identities)
         switches = Switches(
             streams, attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range
         )
+        if cache_interval < 1:
+            raise InputError(f"cache_interval {cache_interval} is too small: give 1 or more.")
         if output not in OUTPUTS:
             raise InputError(f"Unknown output {output!r}: choose from {', '.join(OUTPUTS)}.")
         factor = self.settings.vae.downscale
@@ -273,6 +279,8 @@ class InfiniteIDPipeline:
             scheduler=scheduler,
             prediction_type=self.settings.schedule.prediction_type,
             layout=layout,
+            guidance_range=checked_range("guidance_range", guidance_range),
+            cache_interval=cache_interval,
             batch=None if self.mesh is None else batch_sharding(self.mesh),
             report=self._report if progress is not None else None,
         )
@@ -378,13 +386,6 @@ class InfiniteIDPipeline:
         if output == "numpy":
             return pixels
         return [PILImage.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
-
-
-def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not listed:
-        raise InputError("There is no prompt: give at least one.")
-    return listed
 
 
 def checked_people(identities: Any) -> list[Identity]:

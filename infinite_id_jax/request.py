@@ -58,7 +58,7 @@ def _lines(file: Path) -> list[str]:
 
 def check_options(args: argparse.Namespace) -> None:
     """What needs no file. Raises InputError that names the option."""
-    for name in ("num_images", "batch_size", "steps"):
+    for name in ("num_images", "batch_size", "steps", "cache_interval"):
         if getattr(args, name) < 1:
             raise InputError(f"{_flag(name)} {getattr(args, name)} is too small: give 1 or more.")
     for name in ("height", "width"):
@@ -71,7 +71,7 @@ def check_options(args: argparse.Namespace) -> None:
         finite(_flag(name), getattr(args, name))
     if not isinstance(args.id_scale, dict):  # whose numbers are looked at where the model's blocks are known
         finite("--id-scale", args.id_scale)
-    for name in ("step_range", "layer_range"):
+    for name in ("step_range", "layer_range", "guidance_range"):
         first, end = getattr(args, name)
         if first < 0 or (end is not None and end < first):
             raise InputError(f"{_flag(name)} {first}:{'' if end is None else end} is no range: give A:B, 0 <= A <= B.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from infinite_id_jax.diffusion import guidance, samplers
-from infinite_id_jax.identity.config import Switches
+from infinite_id_jax.identity.config import Switches, within
 from infinite_id_jax.identity.cross_attention import IdentityContext
 from infinite_id_jax.identity.inject import eject, mix_streams
 from infinite_id_jax.identity.streams import Layout
@@ -55,6 +56,8 @@ class Program:
     scheduler: str
     prediction_type: str
     layout: Layout
+    guidance_range: tuple[int, int | None] = (0, None)  # (first, end) of the guided steps
+    cache_interval: int = 1  # steps from one run of the U-Net's inner levels to the next
     batch: NamedSharding | None = None
     report: Callable[[Any], None] | None = None  # called with the index of each finished step
 
@@ -73,7 +76,9 @@ def sample_streams(
 
     With an `own` text stream there are T = P text rows and each serves M identity rows; with a `shared` one each of
     the T = P M identity rows brings a text row that looks at the same latents (METHOD row 7). In single-stream
-    sampling the T = P M rows are all there is.
+    sampling the T = P M rows are all there is. Outside `guidance_range` (Kynkäänniemi et al. 2024) the U-Net sees
+    the conditional half alone, which halves the work of a step. With a `cache_interval` of N all but every Nth step
+    run the U-Net's outermost level alone.
     """
     layout, prompts, people = program.layout, text.tokens.shape[1], identity.shape[1]
     single = program.switches.streams == "one" and people > 0
@@ -84,17 +89,37 @@ def sample_streams(
     else:
         identity = identity[:, None]
 
-    conditions = _conditions(program, text, identity, time_ids, controls)
+    def predictor(which: Program, text: TextCondition, identity: Array) -> Callable[..., tuple[Array, Array | None]]:
+        conditions = _conditions(which, text, identity, time_ids, controls)
+        return partial(_guided_prediction, which, unet, conditions, controls)
 
-    def denoise(x_t: Array, t: Array, step: Array) -> Array:
+    predict = predictor(program, text, identity)
+    half = dataclasses.replace(program, layout=dataclasses.replace(layout, halves=1))
+    predict_half = predictor(half, jax.tree.map(lambda x: x[-1:], text), identity[-1:])
+
+    def predict_alone(rows: Array, t: Array, step: Array, inner: Array | None) -> tuple[Array, Array | None]:
+        unseen, seen = (None, None) if inner is None else jnp.split(inner, 2)
+        guided, seen = predict_half(rows, t, step, seen)
+        return guided, None if unseen is None or seen is None else jnp.concatenate([unseen, seen])
+
+    def denoise(x_t: Array, t: Array, step: Array, inner: Array | None) -> tuple[Array, Array | None]:
         rows = jnp.concatenate([x_t, x_t]) if shared else x_t
-        guided = _guided_prediction(program, unet, rows, t, step, conditions, controls)
+        inside = within(program.guidance_range, step) if layout.halves == 2 else None
+        if inside is None:
+            guided, inner = predict(rows, t, step, inner)
+        else:
+            guided, inner = jax.lax.cond(inside, predict, predict_alone, rows, t, step, inner)
         if program.report is not None:
             jax.debug.callback(program.report, step)
-        return guided[layout.text_rows :] if shared else guided
+        return guided[layout.text_rows :] if shared else guided, inner
 
     start = noise if shared else layout.spread(noise)
-    x_0 = samplers.sample(program.scheduler, trajectory, denoise, start, prediction_type=program.prediction_type)
+    inner = None
+    if program.cache_interval > 1:
+        rows = jnp.concatenate([start, start]) if shared else start
+        shape = jax.eval_shape(predict, rows, jnp.zeros(()), jnp.zeros((), jnp.int32), None)[1]
+        inner = jnp.zeros_like(shape)
+    x_0 = samplers.sample(program.scheduler, trajectory, denoise, start, inner, prediction_type=program.prediction_type)
     return Streams(x_0, None) if shared or single else Streams(x_0[prompts:], x_0[:prompts])
 
 
@@ -133,13 +158,14 @@ def _all_rows(layout: Layout, x: Float[Array, "G T ..."]) -> Float[Array, "B ...
 def _guided_prediction(
     program: Program,
     state: nnx.State,
+    conditions: tuple[Any, AddedConditions],
+    controls: Controls,
     x_t: Array,
     t: Array,
     step: Array,
-    conditions: tuple[Any, AddedConditions],
-    controls: Controls,
-) -> Array:
-    """One U-Net call over both streams and both guidance halves, then guidance."""
+    inner: Array | None,
+) -> tuple[Array, Array | None]:
+    """One U-Net call over both streams and both guidance halves, then guidance; and what its inner levels gave."""
     layout, switches = program.layout, program.switches
     unet = nnx.merge(program.unet, state)
     context, added = conditions
@@ -150,9 +176,15 @@ def _guided_prediction(
     x = layout.double(x_t)
     if program.batch is not None:
         x = jax.lax.with_sharding_constraint(x, program.batch)
-    prediction = unet(x, jnp.broadcast_to(t, x.shape[:1]), context, added).astype(jnp.float32)
+    call = partial(unet.with_inner, x, jnp.broadcast_to(t, x.shape[:1]), context, added)
+    if inner is None:
+        prediction, inner = call()
+    else:
+        fresh = (step % program.cache_interval == 0) | (step == program.guidance_range[0])
+        prediction, inner = jax.lax.cond(fresh, call, lambda: call(inner))
+    prediction, inner = prediction.astype(jnp.float32), None if program.cache_interval == 1 else inner
     if layout.halves == 1:
-        return prediction
+        return prediction, inner
     uncond, cond = jnp.split(prediction, 2)
     guided = guidance.classifier_free(uncond, cond, controls.guidance_scale)
-    return guidance.rescale(guided, cond, controls.guidance_rescale)
+    return guidance.rescale(guided, cond, controls.guidance_rescale), inner

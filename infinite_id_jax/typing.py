@@ -6,6 +6,7 @@ Images and latents are NHWC inside; layouts change only at import and export.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jax import Array
@@ -21,8 +22,9 @@ Scalar = Float[Array, ""] | float | np.floating
 Attend = Callable[[Array, Array, Array], Array]
 """`attend(q, k, v)` over [B, L, N, D]: the one seam of the frozen base's self-attention."""
 
-Denoise = Callable[[Array, Array, Array], Array]
-"""`denoise(x_t, t, i)`: the guided prediction for latents [B, h, w, c] at timestep t, step i of the sampler."""
+Denoise = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+"""`denoise(x_t, t, i, kept)`: the guided prediction for latents [B, h, w, c] at timestep t, step i of the sampler; and
+what is kept for the next step, arrays of the same shapes every time."""
 
 __all__ = [
     "Array", "Attend", "Bool", "Denoise", "Float", "Heads", "Image", "Int", "KeyHeads", "Latents",

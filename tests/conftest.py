@@ -26,7 +26,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.torch import save_file
 
 from configs import debug
@@ -87,16 +86,14 @@ def pipe(tiny: Tiny):
     return InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One cache of compiled programs for the runs of training, in this process and in those it starts."""
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache of compiled programs for all processes of a test run, in place of the user's own."""
     folder = tmp_path_factory.getbasetemp().parent / "compiled"  # that of all workers of this test run
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        yield folder
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,12 @@ another structure than the package: each guidance half and each stream is a U-Ne
 stream records the keys and values of its self-attention layers; the identity stream looks them up.
 """
 
+import contextlib
 import copy
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -437,6 +439,28 @@ def guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor:
     return rescale * (eps * std_ratio) + (1 - rescale) * eps
 
 
+@contextlib.contextmanager
+def inner_levels_kept(unet: UNet2DConditionModel, fresh: set[int], calls: int = 4) -> Iterator[None]:
+    """DeepCache by force: all levels run in every step, but their last inner output is that of the last fresh step.
+
+    A step calls the U-Net `calls` times, always in the same order, each with a memory of its own.
+    """
+    kept: dict[int, Tensor] = {}
+    count = itertools.count()
+
+    def replace(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        step, call = divmod(next(count), calls)
+        if step in fresh:
+            kept[call] = output
+        return kept[call]
+
+    hook = unet.up_blocks[-2].register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def two_stream_sample(
     unet: UNet2DConditionModel,
@@ -449,6 +473,7 @@ def two_stream_sample(
     identity_unet: UNet2DConditionModel | None = None,
     guidance_scale: float = 5.0,
     guidance_rescale: float = 0.0,
+    guided_steps: range | None = None,
     steps: int = 30,
     scheduler: Any = None,
     **switches: Any,
@@ -494,9 +519,10 @@ def two_stream_sample(
             eps_id.append(
                 run_identity_stream(identity_unet or unet, adapter, input_id, t, rows, c_rows, memory, step, s)
             )
-        guided = guide(*eps_id, guidance_scale, guidance_rescale)
+        here = guided_steps is None or step in guided_steps
+        guided = guide(*eps_id, guidance_scale, guidance_rescale) if here else eps_id[1]
         x_id = id_scheduler.step(guided, t, x_id).prev_sample
         if not shared:
-            guided = guide(*eps_text, guidance_scale, guidance_rescale)
+            guided = guide(*eps_text, guidance_scale, guidance_rescale) if here else eps_text[1]
             x_text = text_scheduler.step(guided, t, x_text).prev_sample
     return x_id, None if shared else x_text

@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request, tiny, compiled, tmp_path_factory) -> Case:
+def case(request, tiny, tmp_path_factory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     unet = reference_torch.tiny_sdxl_unet()
     state = published.random_state(request.param, unet)
@@ -187,7 +187,7 @@ SCALES = [
 ]
 
 
-def test_scales_of_blocks_are_those_of_diffusers(tiny, compiled, noise, tmp_path):
+def test_scales_of_blocks_are_those_of_diffusers(tiny, noise, tmp_path):
     state = published.random_state("ip_adapter", reference_torch.tiny_sdxl_unet())
     file = published.write("ip_adapter", tmp_path, state)
     pipe, theirs = InfiniteIDPipeline.from_pretrained(tiny.model, file), Diffusers(tiny.model, file)

@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cold_start, compare, kernels, models, pods, sampling, training_step, unet_forward, vae_decode
+from benchmarks import (
+    cold_start,
+    compare,
+    kernels,
+    models,
+    pods,
+    sampling,
+    shortcuts,
+    training_step,
+    unet_forward,
+    vae_decode,
+)
 from benchmarks.full_size_unet import main, relative_error
 from benchmarks.meter import Meter, Phase, in_fresh_process
 
@@ -123,6 +134,15 @@ def test_both_sides_do_the_same_work(module, names, weights, tmp_path, monkeypat
             assert row["error"] is None  # each side draws its own noise
         else:
             assert 0 < row["error"] <= 2e-5  # measured: 2.3e-6
+
+
+def test_every_shortcut_changes_the_picture(weights, tmp_path):
+    options = ["--size", "tiny", "--repeats", "1", "--keep-weights", str(weights), "--json", str(tmp_path / "out.json")]
+    assert compare.main("benchmarks.shortcuts", "", shortcuts.cases, options) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 3
+    assert len({row["error"] for row in rows[:2]}) == 2  # of two steps, every second is every third
+    assert all(row["error"] > 1e-3 for row in rows)
 
 
 def test_every_layer_is_compared_in_both_forms_and_directions(weights, tmp_path):

@@ -44,8 +44,8 @@ SCHEDULE_TOLERANCE = 1e-6  # relative; measured 7.8e-7 (Karras's seventh powers)
 LATENT_TOLERANCE = 1e-5  # of the largest latent; measured 3.9e-6 (Euler in one step), 5.7e-7 at SDXL's 30 of DDIM
 
 
-def toy_denoiser(x_t, t, i):
-    return jnp.tanh((0.7 * x_t + 0.5 * jnp.sin(t / 100)) @ MIX)
+def toy_denoiser(x_t, t, i, kept=None):
+    return jnp.tanh((0.7 * x_t + 0.5 * jnp.sin(t / 100)) @ MIX), kept
 
 
 def reference_scheduler(name, values, steps):
@@ -168,9 +168,9 @@ def omniscient_sample(name, table, x_0, prediction_type):
     scale = jnp.hypot(table.steps.alpha, table.steps.sigma)
     alpha, sigma = table.steps.alpha / scale, table.steps.sigma / scale
 
-    def denoise(x_t, t, i):
+    def denoise(x_t, t, i, kept):
         eps = (x_t - alpha[i] * x_0) / sigma[i]
-        return eps if prediction_type == "epsilon" else alpha[i] * eps - sigma[i] * x_0
+        return eps if prediction_type == "epsilon" else alpha[i] * eps - sigma[i] * x_0, kept
 
     return sample(name, table, denoise, NOISE, prediction_type=prediction_type)
 
@@ -246,10 +246,10 @@ def test_jit_is_eager_and_traces_once(name):
 
     @jax.jit
     def guided_sample(table, noise, scale, factor):
-        def denoise(x_t, t, i):
+        def denoise(x_t, t, i, kept):
             traces.append(name)
-            cond = toy_denoiser(x_t, t, i)
-            return guidance.rescale(guidance.classifier_free(0.5 * x_t, cond, scale), cond, factor)
+            cond, _ = toy_denoiser(x_t, t, i)
+            return guidance.rescale(guidance.classifier_free(0.5 * x_t, cond, scale), cond, factor), kept
 
         return sample(name, table, denoise, noise, prediction_type="epsilon")
 

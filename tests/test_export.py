@@ -199,7 +199,7 @@ STRUCTURES = {
 
 @pytest.mark.parametrize("family", STRUCTURES)
 def test_unmodified_diffusers_samples_as_we_do_where_the_structure_allows(
-    family, unet, tiny, compiled, tmp_path, record_property
+    family, unet, tiny, tmp_path, record_property
 ):
     save_adapter(adapter(unet, **STRUCTURES[family]), tmp_path / "ours")
     assert run("--checkpoint", tmp_path / "ours", "--output", tmp_path / "out", "--format", "diffusers") == 0
@@ -299,7 +299,7 @@ def test_the_code_in_a_card_of_a_published_family_runs(family, tiny, modules, tm
     torch.testing.assert_close(projection(names["pair"][:, 0]), expected, rtol=0, atol=0)
 
 
-def test_the_code_in_our_cards_runs(tiny, unet, compiled, modules, tmp_path):
+def test_the_code_in_our_cards_runs(tiny, unet, modules, tmp_path):
     features = tiny.features(0)
     for form in ("infinite_id", "diffusers"):
         assert run("--checkpoint", tiny.adapter, "--output", tmp_path / form, "--format", form) == 0

@@ -4,10 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from infinite_id_jax.command_line import keep_compiled
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import fingerprint, replacing, save_json, write_folder
 from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_png, thumbnail, watermark
@@ -302,3 +304,28 @@ def test_a_thumbnail_is_the_picture_on_white(tmp_path):
     assert small.shape == (32, 32, 3)
     np.testing.assert_array_equal(small[16, 16], [255, 0, 0])
     np.testing.assert_array_equal(small[0, 16], [255, 255, 255])
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """As on a user's machine where nothing was said about JAX's cache."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_where_caches_belong(no_cache, tmp_path):
+    keep_compiled()
+    folder = no_cache / "infinite_id_jax" / "compiled"
+    assert folder.is_dir()
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    keep_compiled(tmp_path / "other")  # what was said first stands
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+
+
+def test_compiled_programs_are_not_kept_where_nothing_can_be_written(no_cache):
+    no_cache.touch()
+    keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None

@@ -210,6 +210,8 @@ def test_a_photograph_becomes_an_identity(tiny, tmp_path):
         ({"text_scale": np.nan}, "text_scale is nan"),
         ({"guidance_scale": np.inf}, "guidance_scale is inf"),
         ({"step_range": (3, 1)}, r"step_range \(3, 1\) is no range"),
+        ({"cache_interval": 0}, "cache_interval 0 is too small: give 1 or more"),
+        ({"guidance_range": (3, 1)}, r"guidance_range \(3, 1\) is no range"),
         ({"layer_range": (-1, None)}, r"layer_range \(-1, None\) is no range"),
     ],
 )

@@ -18,9 +18,6 @@ from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
 ROOT = Path(__file__).parent.parent
 
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
-
 @pytest.fixture(scope="module")
 def inputs(debug_inputs):
     return debug_inputs

@@ -24,9 +24,6 @@ LAYOUTS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
-
 @pytest.fixture(scope="module")
 def inputs(debug_inputs):
     return debug_inputs

@@ -41,6 +41,7 @@ def oracle(tiny):
             )
         )
 
+    run.unet = diffusers.unet
     return run
 
 
@@ -108,6 +109,39 @@ def test_every_switch_matches_the_reference(pipe, people, noise, oracle, switche
         assert out.text_stream_latents is None
     else:
         assert error(out.text_stream_latents, text) <= TOLERANCE
+
+
+@pytest.mark.parametrize("text_stream", ["own", "shared"])
+def test_guidance_in_some_steps_matches_the_reference(pipe, people, noise, oracle, text_stream):
+    options = {"guidance_rescale": 0.7, "text_stream": text_stream, "steps": 6}
+    identity, text = oracle(noise, guided_steps=range(1, 4), **options)
+    out = sample(pipe, people, noise, guidance_range=(1, 4), **options)
+    assert error(out.latents, identity) <= TOLERANCE
+    if text is not None:
+        assert error(out.text_stream_latents, text) <= TOLERANCE
+
+
+@pytest.mark.parametrize("guided", [None, (1, 4)])
+def test_kept_inner_levels_match_the_reference(pipe, people, noise, oracle, guided):
+    """They are fresh in every second step, and in the first that has guidance."""
+    fresh = {0, 2, 4} if guided is None else {0, 1, 2, 4}
+    theirs = {} if guided is None else {"guided_steps": range(*guided)}
+    ours = {} if guided is None else {"guidance_range": guided}
+    with reference.inner_levels_kept(oracle.unet, fresh):
+        identity, text = oracle(noise, steps=6, **theirs)
+    out = sample(pipe, people, noise, steps=6, cache_interval=2, **ours)
+    assert error(out.latents, identity) <= TOLERANCE
+    assert error(out.text_stream_latents, text) <= TOLERANCE
+    assert error(sample(pipe, people, noise, steps=6, **ours).latents, identity) > 1e-3
+
+
+@pytest.mark.parametrize("streams", ["none", "one", "two"])
+def test_guidance_in_no_step_is_no_guidance(pipe, people, noise, streams):
+    options = {} if streams == "none" else {"streams": streams}
+    given = None if streams == "none" else people
+    never = sample(pipe, given, noise, steps=2, guidance_range=(0, 0), **options).latents
+    off = sample(pipe, given, noise, steps=2, guidance_scale=1.0, **options).latents
+    assert error(never, off) <= 1e-6
 
 
 def test_switches_are_not_the_same_picture(pipe, people, noise):

@@ -63,23 +63,33 @@ def trajectory(name: str, config: ScheduleConfig, steps: int) -> Trajectory:
     return jax.tree.map(lambda column: np.asarray(column, np.float32), table)
 
 
-def sample(name: str, trajectory: Trajectory, denoise: Denoise, noise: Latents, *, prediction_type: str) -> Latents:
+def sample(
+    name: str,
+    trajectory: Trajectory,
+    denoise: Denoise,
+    noise: Latents,
+    kept: Any = None,
+    *,
+    prediction_type: str,
+) -> Latents:
     """Integrate unit normal `noise` [B, h, w, c] to x_0, float32, along a trajectory of the same `name`.
 
-    `denoise(x_t, t, i)` sees x_t scaled to alpha^2 + sigma^2 = 1 and returns the guided eps or v, as
-    `prediction_type` says: epsilon or v_prediction. That and `name` are static, all else may be traced.
+    `denoise(x_t, t, i, kept)` sees x_t scaled to alpha^2 + sigma^2 = 1 and what the step before kept, `kept` at first;
+    it returns the guided eps or v, as `prediction_type` says (epsilon or v_prediction), and what the next step is
+    to see. prediction_type and `name` are static, all else may be traced.
     Raises InputError for an unknown `name` or `prediction_type`.
     """
     _check_name(name)
     if prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(f"Unknown prediction type {prediction_type!r}: choose epsilon or v_prediction.")
 
-    def body(carry: tuple[Array, Array], now: tuple[Array, Step]) -> tuple[tuple[Array, Array], None]:
-        x_t, x_0_last = carry
+    def body(carry: tuple[Array, Array, Any], now: tuple[Array, Step]) -> tuple[tuple[Array, Array, Any], None]:
+        x_t, x_0_last, kept = carry
         i, step = now
         scale = jnp.hypot(step.alpha, step.sigma)
         model_input = x_t / scale
-        output = denoise(model_input, step.t, i).astype(jnp.float32)
+        output, kept = denoise(model_input, step.t, i, kept)
+        output = output.astype(jnp.float32)
         x_0, eps = predict(model_input, output, step.alpha / scale, step.sigma / scale, prediction_type)
         match name:
             case "ddim":
@@ -88,11 +98,11 @@ def sample(name: str, trajectory: Trajectory, denoise: Denoise, noise: Latents, 
                 x_t = euler(x_0, eps, step)
             case "dpm++":
                 x_t = dpm_solver_pp(x_t, x_0, x_0_last, step)
-        return (x_t, x_0), None
+        return (x_t, x_0, kept), None
 
     x_T = noise.astype(jnp.float32) * trajectory.initial_sigma
     counter = jnp.arange(len(trajectory.timesteps), dtype=jnp.int32)
-    (x_0, _), _ = jax.lax.scan(body, (x_T, jnp.zeros_like(x_T)), (counter, trajectory.steps))
+    (x_0, _, _), _ = jax.lax.scan(body, (x_T, jnp.zeros_like(x_T), kept), (counter, trajectory.steps))
     return x_0
 
 

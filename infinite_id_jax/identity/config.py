@@ -51,7 +51,7 @@ class Switches:
             if getattr(self, name) not in allowed:
                 raise InputError(f"Unknown {name} {getattr(self, name)!r}: choose from {', '.join(allowed)}.")
         for name in ("step_range", "layer_range"):
-            object.__setattr__(self, name, _range(name, getattr(self, name)))  # a list could not be compiled in
+            object.__setattr__(self, name, checked_range(name, getattr(self, name)))  # a list could not be compiled in
         if self.streams == "one":
             self._check_one_stream()
 
@@ -64,10 +64,7 @@ class Switches:
 
     def active(self, step: Int[Array, ""]) -> Bool[Array, ""] | None:
         """Whether `attention` applies at this traced step; None if it applies at all of them."""
-        first, end = self.step_range
-        if first == 0 and end is None:
-            return None
-        return step >= first if end is None else (step >= first) & (step < end)
+        return within(self.step_range, step)
 
     def covers(self, layer: int) -> bool:
         """Whether `attention` applies in this self-attention layer."""
@@ -75,7 +72,16 @@ class Switches:
         return first <= layer and (end is None or layer < end)
 
 
-def _range(name: str, value: Any) -> tuple[int, int | None]:
+def within(steps: tuple[int, int | None], step: Int[Array, ""]) -> Bool[Array, ""] | None:
+    """Whether a traced step lies in a range (first, end); None if every step does."""
+    first, end = steps
+    if first == 0 and end is None:
+        return None
+    return step >= first if end is None else (step >= first) & (step < end)
+
+
+def checked_range(name: str, value: Any) -> tuple[int, int | None]:
+    """(first, end) as integers, an end of None being the last. Raises InputError, naming it, for anything else."""
     try:
         first, end = value
         first, end = operator.index(first), None if end is None else operator.index(end)

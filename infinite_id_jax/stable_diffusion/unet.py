@@ -185,17 +185,35 @@ class UNet2DConditionModel(nnx.Module):
 
         `context` goes to every cross-attention as it is: text embeddings [B, L, C] in the base model.
         """
+        return self.with_inner(x, t, context, added)[0]
+
+    def with_inner(
+        self,
+        x: Latents,
+        t: Float[Array, " B"],
+        context: Any,
+        added: AddedConditions | None = None,
+        inner: FeatureMap | None = None,
+    ) -> tuple[Latents, FeatureMap]:
+        """The prediction, and what the inner levels hand to the outermost one.
+
+        With `inner` of an earlier step only the outermost level runs (Ma et al. 2023, DeepCache, its first branch).
+        """
         dtype = self.conv_in.kernel[...].dtype
         embedding = self._time_embedding(t, added, dtype)
         x = self.conv_in(x.astype(dtype))
         skips = [x]
-        for block in self.down_blocks:
+        for block in self.down_blocks if inner is None else self.down_blocks[:1]:
             x, block_skips = block(x, embedding, context)
             skips += block_skips
-        x = self.mid_block(x, embedding, context)
-        for block in self.up_blocks:
-            x = block(x, skips, embedding, context)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        if inner is None:
+            x = self.mid_block(x, embedding, context)
+            for block in self.up_blocks[:-1]:
+                x = block(x, skips, embedding, context)
+            inner = x
+        outermost = self.up_blocks[-1]
+        x = outermost(inner, skips[: len(outermost.resnets)], embedding, context)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))), inner
 
     def _time_embedding(self, t: Array, added: AddedConditions | None, dtype: Any) -> Array:
         c = self.config
