@@ -14,6 +14,7 @@ from benchmarks import (
     compare,
     kernels,
     models,
+    pod_programs,
     pods,
     sampling,
     shortcuts,
@@ -193,17 +194,21 @@ def test_traffic_is_read_off_a_compiled_program():
         "%e = u32[16]{0} collective-permute(%x), source_target_pairs={{0,1}}": 64,
         "%g = ((f32[8]{0}, f32[16]{0}), (f32[64]{0}, f32[128]{0})) all-gather-start(%x, %y)": 7 / 8 * 768,
         "%h = (f32[1024]{0}, f32[512]{0}) all-reduce-start(%x, %y), to_apply=%add": 2 * 7 / 8 * 6144,
+        "%i = ((bf16[1024,8]), bf16[256,8]) reduce-scatter-start(%x), "
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add": 3 / 4 * 16384,
         "%f = f32[4096]{0} fusion(%a), calls=%all-gather-like": 0,
     }
     for line, expected in lines.items():
         assert pods.traffic(line, 8).bytes_sent == pytest.approx(expected)
     total = pods.traffic("\n".join(lines), 8)
     assert total.bytes_sent == pytest.approx(sum(lines.values()))
-    assert total.counts == {"all-gather": 3, "reduce-scatter": 1, "all-reduce": 2, "collective-permute": 1}
+    assert total.counts == {"all-gather": 3, "reduce-scatter": 2, "all-reduce": 2, "collective-permute": 1}
 
 
 def test_pods_name_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(pods.os, "environ", {})
+    monkeypatch.setattr(pod_programs.os, "environ", {})
     assert pods.main(["--target", "v5e-16"]) == 2
     assert "pip install libtpu" in capsys.readouterr().err
+    assert pods.main(["--target", "h100-8"]) == 2
+    assert "install the extra cuda" in capsys.readouterr().err
