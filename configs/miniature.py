@@ -53,7 +53,7 @@ config = TrainConfig(
     model=ModelConfig(path=str(MINIATURE), dtype="float32", architecture=UNET),
     data=DataConfig(path="", batch_size=32, resolution=128),
     adapter=AdapterConfig(clip_dim=128, face_dim=128, cross_attention_dim=UNET.cross_attention_dim),
-    method=MethodConfig(min_snr_gamma=5.0, remat="none"),
+    method=MethodConfig(remat="none"),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, max_grad_norm=1.0, ema_decay=0.998),
     run=RunConfig(
         steps=4000,

@@ -149,6 +149,7 @@ LOOKS: dict[str, dict[str, tuple[str, ...]]] = {
         "white": ("white glasses",),
     },
 }
+SHIRT_BELOW = ("blazer", "tuxedo", "spacesuit")  # which are not "clothes" of the colour that is seen below them
 _SUBJECTS = ("a person", "someone", "a character")
 _WEARING = ("in", "wearing", "dressed in")
 

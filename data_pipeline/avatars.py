@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from data_pipeline import avatar_svg
-from data_pipeline.avatar_captions import WORDS, Scene, caption, check_choice, generator, scene_of
+from data_pipeline.avatar_captions import SHIRT_BELOW, WORDS, Scene, caption, check_choice, generator, scene_of
 from data_pipeline.avatar_styles import STYLES
 from infinite_id_jax.errors import InputError
 
@@ -363,8 +363,8 @@ def sample(
     share = rng.random()
     said = {name: value for name, value in dataclasses.asdict(scene).items() if rng.random() < share}
     said |= {"hat": scene.hat, "accessory": scene.accessory}  # or a prompt without a hat might mean one
-    if "clothing" not in said and scene.clothing in ("blazer", "tuxedo", "spacesuit"):
-        said.pop("clothing_colour", None)  # these are not clothes of that colour
+    if "clothing" not in said and scene.clothing in SHIRT_BELOW:
+        said.pop("clothing_colour", None)
     image = render(someone, scene, style, size, picture)
     text = caption(said, style, picture)
     return Sample(image, text, index, attributes(someone, scene, style), scene, style, picture)

@@ -86,7 +86,8 @@ def train_unet(folder: Path) -> None:
 
 def assemble(folder: Path) -> None:
     """What makes a model folder of the parts: the schedule, and what kind of pipeline it is."""
-    save_json(SCHEDULER, folder / "model" / "scheduler" / "scheduler_config.json")
+    prediction = {"prediction_type": unet.SCHEDULE.prediction_type}
+    save_json(SCHEDULER | prediction, folder / "model" / "scheduler" / "scheduler_config.json")
     save_json({"_class_name": "StableDiffusionXLPipeline"}, folder / "model" / "model_index.json")
 
 

@@ -99,7 +99,7 @@ def _train(model: Contrast, folder: Path, drawn: pictures.Pictures, budget: Budg
         chosen = rows(seed, step, budget.batch_size, len(drawn.images))
         rng = np.random.default_rng((seed + 1, step))
         images = [_seen(drawn.images[i], drawn.keypoints[i], size, rng) for i in chosen]
-        texts = [text_of(tokenize, drawn, int(i), step, every=2) for i in chosen]
+        texts = [text_of(tokenize, drawn.captions[i], drawn.labels[i], int(i) + step, every=2) for i in chosen]
         ids = tokenize(texts)[:, :_LENGTH]
         ids[:, -1] = tokenize.eos_id  # of the few that are longer: without an end nothing could be read off
         return {"pixels": np.stack(images), "ids": ids}
@@ -118,12 +118,11 @@ def _seen(
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def text_of(tokenize: CLIPTokenizer, drawn: pictures.Pictures, i: int, step: int, *, every: int) -> str:
+def text_of(tokenize: CLIPTokenizer, plain: str, labels: np.ndarray, seed: int, *, every: int) -> str:
     """The caption of a picture, one in `every` with how the person looks, where that fits."""
-    plain = drawn.captions[i]
-    if (i + step) % every:
+    if seed % every:
         return plain
-    said = with_looks(plain, visible(drawn.labels[i]), i + step)
+    said = with_looks(plain, visible(labels), seed)
     return plain if len(tokenize.backend.encode(said).ids) > _LENGTH - 2 else said
 
 

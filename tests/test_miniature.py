@@ -265,14 +265,31 @@ def test_captions_fit(tokenizers):
 
 def test_looks_are_said_of_one_caption_in_so_many_where_they_fit(drawn_folder, tokenizers):
     drawn = pictures.read(drawn_folder, "base")
-    texts = [clip.text_of(tokenizers[1], drawn, i, step, every=4) for i in range(16) for step in range(8)]
+
+    def texts_of() -> list[str]:
+        seeds = [(i, i + step) for i in range(16) for step in range(8)]
+        return [clip.text_of(tokenizers[1], drawn.captions[i], drawn.labels[i], seed, every=4) for i, seed in seeds]
+
+    texts = texts_of()
     said = [text != drawn.captions[k // 8] for k, text in enumerate(texts)]
     assert not any(changed for k, changed in enumerate(said) if (k // 8 + k % 8) % 4)
     assert sum(said) >= 16  # of 32: some people show little, and a small share of it may be nothing
-    assert texts == [clip.text_of(tokenizers[1], drawn, i, step, every=4) for i in range(16) for step in range(8)]
-    # What would be cut is not said.
-    long = drawn._replace(captions=[f"a photo of a person, {'smiling ' * 40}"] * 16)
-    assert clip.text_of(tokenizers[1], long, 0, 0, every=1) == long.captions[0]
+    assert texts == texts_of()
+    long = f"a photo of a person, {'smiling ' * 40}"  # what would be cut is not said
+    assert clip.text_of(tokenizers[1], long, drawn.labels[0], 0, every=1) == long
+
+
+def test_captions_are_told_anew_with_all_that_shows_or_a_part_of_it(drawn_folder, tokenizers):
+    drawn = pictures.read(drawn_folder, "base")
+    for labels in drawn.labels:
+        shown = clip.visible(labels)
+        words = {name: unet.WORDS[name][shown[name]] for name in ("expression", "background", "hat") if name in shown}
+        texts = [unet.retold(labels, seed) for seed in range(40)]
+        assert texts == [unet.retold(labels, seed) for seed in range(40)]
+        for name, choices in words.items():
+            said = [any(choice in text for choice in choices) for text in texts]
+            assert all(said) if name == "hat" and choices else not choices or 0.6 < np.mean(said) < 1
+        assert max(len(tokenizers[1].backend.encode(text).ids) for text in texts) <= vocabulary.MAX_LENGTH - 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
