@@ -22,8 +22,10 @@ from examples.tiny_sdxl import SCHEDULER
 from infinite_id_jax.command_line import exit_code
 from infinite_id_jax.files import MINIATURE, save_json
 from infinite_id_jax.weights.export import save_tensors, save_weights
+from infinite_id_jax.weights.folder import load_tokenizers
 from miniature import check, clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 CONFIG = Path(__file__).parent.parent / "configs" / "miniature.py"
 
 
@@ -41,12 +43,9 @@ def polish_decoder(folder: Path) -> None:
 def train_clip(folder: Path) -> None:
     model = clip.train(folder / "clip", drawn(folder, "base"))
     vocabulary.write_tokenizers(folder / "model")
-    for name, module in (
-        ("text_encoder", model.texts[0]),
-        ("text_encoder_2", model.texts[1]),
-        ("image_encoder", model.vision),
-    ):
-        save_module(module, folder / "model" / name)
+    save_module(model.vision, folder / "model" / "image_encoder")
+    for name, text in zip(TEXT_ENCODERS, model.texts, strict=True):
+        save_module(text, folder / "text" / name)
 
 
 def train_detector(folder: Path) -> None:
@@ -79,9 +78,17 @@ def train_judge_clip(folder: Path) -> None:
 def train_unet(folder: Path) -> None:
     base, autoencoder = folder / "model", vae.read(folder / "model" / "vae")
     latents = unet.encode(autoencoder, drawn(folder, "base"), folder / "latents.npz")
-    text = unet.text_in(base)
-    model = unet.train(folder / "unet", drawn(folder, "base"), latents, autoencoder.config.scaling_factor, text)
-    save_module(model, base / "unet")
+    painter = unet.train(
+        folder / "unet",
+        drawn(folder, "base"),
+        latents,
+        autoencoder.config.scaling_factor,
+        unet.texts_in(folder / "text"),
+        load_tokenizers(base),
+    )
+    save_module(painter.unet, base / "unet")
+    for name, text in zip(TEXT_ENCODERS, painter.texts, strict=True):
+        save_module(text, base / name)
 
 
 def assemble(folder: Path) -> None:

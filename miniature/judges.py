@@ -23,7 +23,7 @@ ATTRIBUTES = SmallResNetConfig(
     size=pictures.SIZE, widths=(48, 96, 128, 160), outputs=sum(len(values) for values in CLASSES.values())
 )
 RECOGNISER = SmallResNetConfig(size=96, widths=(64, 80, 112), outputs=96)
-BUDGET = Budget(steps=3000, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
+BUDGET = Budget(steps=5000, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
 
 
 def train_attributes(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> dict[str, Array]:
@@ -43,8 +43,8 @@ def _disturbed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Shifted a little, brighter or darker, soft or noisy: a drawn picture is cleaner than a generated one."""
     y, x = rng.integers(-4, 5, size=2)
     moved = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="edge")[4 + y : 132 + y, 4 + x : 132 + x]
-    if rng.random() < 0.4:
-        moved = softened(moved, int(rng.integers(48, 112)))
+    if rng.random() < 0.4:  # never so soft that a small face has no expression
+        moved = softened(moved, int(rng.integers(80, 120)))
     noise = rng.normal(0, rng.uniform(0, 8), (*image.shape[:2], 1)) if rng.random() < 0.5 else 0
     return np.clip(moved * rng.uniform(0.92, 1.08) + noise, 0, 255).astype(np.uint8)
 

@@ -23,7 +23,6 @@ from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
 from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
 from infinite_id_jax.typing import Array
-from infinite_id_jax.weights.folder import load_tokenizers
 from infinite_id_jax.weights.load import load_module
 from miniature import clip, pictures
 from miniature.fit import Batch, Budget, fit_module, rows
@@ -81,20 +80,21 @@ def _once_smaller(image: np.ndarray, i: int) -> tuple[np.ndarray, int]:
     return softened(image, side), side
 
 
-class Text(NamedTuple):
-    """What reads a caption."""
+class Painter(nnx.Module):
+    """What is trained together: a contrastive loss leaves out of the text what few pictures are told apart by."""
 
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    encoders: tuple[CLIPTextModel, CLIPTextModel]
+    def __init__(self, texts: tuple[CLIPTextModel, CLIPTextModel], *, rngs: nnx.Rngs):
+        self.unet = UNet2DConditionModel(UNET, rngs=rngs)
+        self.texts = nnx.List(texts)
 
 
-def text_in(model: Path) -> Text:
-    """The text encoders of a model folder whose other parts may be missing."""
+def texts_in(folder: Path) -> tuple[CLIPTextModel, CLIPTextModel]:
+    """Both text encoders of a folder."""
     first, second = (
-        load_module(lambda rngs, config=config: CLIPTextModel(config, rngs=rngs), model / name)
+        load_module(lambda rngs, config=config: CLIPTextModel(config, rngs=rngs), folder / name)
         for name, config in (("text_encoder", clip.FIRST), ("text_encoder_2", clip.SECOND))
     )
-    return Text(load_tokenizers(model), (first, second))
+    return first, second
 
 
 def retold(labels: np.ndarray, seed: int) -> str:
@@ -109,37 +109,45 @@ def retold(labels: np.ndarray, seed: int) -> str:
 
 
 def train(
-    folder: Path, drawn: pictures.Pictures, latents: Latents, scaling_factor: float, text: Text, budget: Budget = BUDGET
-) -> UNet2DConditionModel:
-    """The U-Net, from captions that say what shows of the scene and, now and then, how the person looks."""
-    first, second = (nnx.split(encoder) for encoder in text.encoders)
+    folder: Path,
+    drawn: pictures.Pictures,
+    latents: Latents,
+    scaling_factor: float,
+    texts: tuple[CLIPTextModel, CLIPTextModel],
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
+    budget: Budget = BUDGET,
+) -> Painter:
+    """The U-Net, and text encoders that learned on with it, from captions that say what shows of the scene and, now and
+    then, how the person looks."""
     alpha_bar = alphas_cumprod(SCHEDULE)
 
     def batch_at(step: int) -> Batch:
         chosen = rows(6, step, budget.batch_size, len(drawn.images))
         told = ((retold(drawn.labels[i], int(i) + step), drawn.labels[i], int(i) + step) for i in chosen)
-        texts = [clip.text_of(text.tokenizers[0], *each, every=4) for each in told]
+        texts = [clip.text_of(tokenizers[0], *each, every=4) for each in told]
         return {
             "mean": latents.mean[chosen],
             "std": latents.std[chosen],
             "time_ids": latents.time_ids[chosen],
-            **{name: tokenize(texts) for name, tokenize in zip(("ids", "ids_2"), text.tokenizers, strict=True)},
+            **{name: tokenize(texts) for name, tokenize in zip(("ids", "ids_2"), tokenizers, strict=True)},
         }
 
-    def loss(unet: UNet2DConditionModel, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(painter: Painter, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         keys = jax.random.split(key, 4)
         mean, std = (batch[name].astype(jnp.float32) for name in ("mean", "std"))
         x_0 = scaling_factor * (mean + std * jax.random.normal(keys[0], mean.shape))
         eps = jax.random.normal(keys[1], mean.shape)
         t = jax.random.randint(keys[2], mean.shape[:1], 0, len(alpha_bar))
         keep = jax.random.bernoulli(keys[3], 1 - _TEXT_DROP, mean.shape[:1])
+        first, second = (nnx.split(text) for text in painter.texts)
         tokens, pooled = encode_text(first, second, batch["ids"], batch["ids_2"])
         x_t, v = add_noise(x_0, eps, t, alpha_bar)
         added = AddedConditions(pooled * keep[:, None], batch["time_ids"])
-        error = squared_error(unet(x_t, t.astype(jnp.float32), tokens * keep[:, None, None], added), v)
+        error = squared_error(painter.unet(x_t, t.astype(jnp.float32), tokens * keep[:, None, None], added), v)
         noisy = t >= len(alpha_bar) // 2
         return error.mean(), {"noisy_half": jnp.sum(error * noisy) / jnp.maximum(noisy.sum(), 1)}
 
-    read = np.asarray(encode_text(first, second, *(tokenize(drawn.captions[:4]) for tokenize in text.tokenizers))[0])
+    first, second = (nnx.split(text) for text in texts)
+    read = np.asarray(encode_text(first, second, *(tokenize(drawn.captions[:4]) for tokenize in tokenizers))[0])
     over = hashlib.sha256(latents.mean[:4].tobytes() + np.round(read, 2).tobytes()).hexdigest()[:16]
-    return fit_module(UNet2DConditionModel(UNET, rngs=nnx.Rngs(6)), loss, batch_at, budget, folder, over=over)
+    return fit_module(Painter(texts, rngs=nnx.Rngs(6)), loss, batch_at, budget, folder, over=over)
