@@ -212,7 +212,7 @@ def test_order_of_convergence(name, order):
         now = table.steps
         # E[eps | x_t] at the model's input, which is x_t / hypot(alpha, sigma).
         slope = jnp.asarray(now.sigma * np.hypot(now.alpha, now.sigma) / marginal(now.alpha, now.sigma) ** 2)
-        found = sample(name, table, lambda x_t, t, i: slope[i] * x_t, NOISE, prediction_type="epsilon")
+        found = sample(name, table, lambda x_t, t, i, kept: (slope[i] * x_t, kept), NOISE, prediction_type="epsilon")
         start, end = marginal(now.alpha[0], now.sigma[0]), marginal(now.alpha_next[-1], now.sigma_next[-1])
         return np.abs(found - NOISE * table.initial_sigma * end / start).max()
 
@@ -225,11 +225,11 @@ def test_the_model_sees_the_table(name):
     """t (float32) and i (int32) arrive in order, with an input of unit variance."""
     seen = []
 
-    def denoise(x_t, t, i):
+    def denoise(x_t, t, i, kept):
         assert (x_t.dtype, t.dtype, i.dtype) == (jnp.float32, jnp.float32, jnp.int32)
         assert t.shape == i.shape == ()
         jax.debug.callback(lambda *now: seen.append(now), t, i, jnp.std(x_t), ordered=True)
-        return x_t.astype(jnp.bfloat16)
+        return x_t.astype(jnp.bfloat16), kept
 
     table = trajectory(name, ScheduleConfig(timestep_spacing="linspace"), 5)
     noise = jax.random.normal(jax.random.key(0), (1, 16, 16, 4), jnp.bfloat16)
