@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scheduler", default="ddim", help="ddim, euler or dpm++ (default ddim)")
     p.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts drawn at once (default 1)")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: bfloat16 off the CPU")
+    p.add_argument("--quantization", default="none", help="8-bit products in the U-Net: int8 or float8 (default none)")
     p.add_argument("--mesh", metavar="data=1,fsdp=1,tensor=1", help="divide the work over devices")
     p.add_argument("--dry-run", action="store_true", help="check everything, say what would be drawn, write nothing")
     p.add_argument("--overwrite", action="store_true", help="replace images of another run in the output folder")
@@ -198,6 +199,7 @@ def plan(
     settings = {
         **method_options(args),
         "dtype": _dtype(args),
+        "quantization": args.quantization,
         "id_mode": args.id_mode,
         "id_weights": args.id_weights,
         "model": fingerprint(model),
@@ -244,6 +246,7 @@ def load_pipeline(args: argparse.Namespace, model: Path) -> "InfiniteIDPipeline"
         image_encoder=image_encoder_folder(args, model),
         config=args.model_config,
         lora=dict(args.lora),
+        quantization=args.quantization,
     )
 
 

@@ -113,12 +113,12 @@ def write(run: Run) -> Path:
     return folder
 
 
-def ours(run: Run) -> Any:
+def ours(run: Run, **options: Any) -> Any:
     """The pipeline of this package."""
     from infinite_id_jax import InfiniteIDPipeline
 
-    folder = write(run)
-    return InfiniteIDPipeline.from_pretrained(folder / "model", folder / "adapter", dtype=run.dtype, faces="offline")
+    folder, options = write(run), {"dtype": run.dtype, "faces": "offline", **options}
+    return InfiniteIDPipeline.from_pretrained(folder / "model", folder / "adapter", **options)
 
 
 def peer(run: Run) -> Any:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.shortcuts [--device cpu|gpu] [--size tiny|small|full] [--json FILE]
 
-Both sides are ours: two streams with one identity. The error is that of the final latents of random weights; what
-trained ones lose, judges measure in the miniature (configs/miniature_variants.py).
+Both sides are ours: two streams with one identity. 8-bit products need the extra quantization. The error is that of
+the final latents of random weights; what trained ones lose, judges measure in the miniature
+(configs/miniature_variants.py).
 """
 
 import sys
@@ -15,8 +16,9 @@ from benchmarks.compare import Case, Run, main
 
 
 def cases(run: Run) -> Iterator[Case]:
-    """Guidance in some of the steps, and inner levels that are kept for some."""
+    """Guidance in some of the steps, inner levels that are kept for some, and products of 8-bit numbers."""
     from infinite_id_jax.identity.features import FaceFeatures
+    from infinite_id_jax.stable_diffusion.quantized import KINDS
 
     pipe, steps = models.ours(run), models.SIZES[run.size].steps
     person = pipe.encode_identity(FaceFeatures(**models.features(run, 1)[0]))
@@ -29,6 +31,9 @@ def cases(run: Run) -> Iterator[Case]:
     ):
         short = partial(call, **shortcut)
         yield Case(name, lambda short=short: short().latents, lambda: call().latents)
+    for kind in KINDS:
+        short = partial(models.ours(run, quantization=kind), models.PROMPT, person, **options)
+        yield Case(f"transformers in {kind}", lambda short=short: short().latents, lambda: call().latents)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_st
 from infinite_id_jax.sharding import batch_sharding, gathered, make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, VisionOutput, preprocess, resize_and_crop
 from infinite_id_jax.stable_diffusion.low_rank import set_lora_scale
+from infinite_id_jax.stable_diffusion.quantized import checked_kind, quantize
 from infinite_id_jax.stable_diffusion.tokenizer import unseen_words
 from infinite_id_jax.typing import Array, Float
 from infinite_id_jax.weights import lora as lora_files
@@ -105,22 +106,23 @@ class InfiniteIDPipeline:
         config: str | PathLike[str] | None = None,
         lora: lora_files.Files | None = None,
         merge_lora: bool = True,
+        quantization: str = "none",
     ) -> "InfiniteIDPipeline":
         """Load an SDXL folder (diffusers' layout), single file (CompVis' layout) or hub id, and an adapter.
 
-        "miniature" is the package's own small model: 128 pixels, drawn people, an adapter of its own.
-        adapter: a folder of ours, or a published IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus file, which is
-        known by its keys; without one, text-to-image only.
+        "miniature" is the package's own small model: 128 pixels, drawn people, its own adapter. adapter: a folder of
+        ours, or a published IP-Adapter, Plus, Full-Face, FaceID or FaceID-Plus file; without one, text-to-image only.
         mesh: "data=1,fsdp=1,tensor=1", a mapping, a Mesh, or None for one device. image_encoder: the folder of the
         CLIP image encoder if it is not `image_encoder/` in the base. config: a folder with the configurations of a
         single file that are not SDXL 1.0's. lora: a LoRA file for the base, several, or {file: scale}; with
-        merge_lora=False it stays beside the weights and `set_lora_scale` changes it. Raises InputError for what cannot
-        be used.
+        merge_lora=False it stays beside the weights and `set_lora_scale` changes it. quantization: none, int8 or
+        float8, in which the U-Net's transformers then multiply. Raises InputError for what cannot be used.
         """
         if dtype not in DTYPES:
             raise InputError(f"Unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
         if dtype == "float16" and jax.default_backend() == "cpu":
             raise InputError("float16 does not run on a CPU: take float32 or bfloat16.")
+        checked_kind(quantization)
         device_mesh = make_mesh(mesh)
         sharding = None if device_mesh is None else parameter_sharding(device_mesh)
         model = resolve(base if isinstance(base, str) else Path(base))
@@ -138,6 +140,7 @@ class InfiniteIDPipeline:
                 loaded = lora_files.merge_lora(loaded, update, scales[file])
             else:
                 loaded = lora_files.attach_lora(loaded, update, file, scales[file])
+        quantize(loaded.unet, quantization)
         vision = Path(image_encoder or (model if model.is_dir() else model.parent) / "image_encoder")
         return cls(
             loaded,

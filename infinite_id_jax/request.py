@@ -110,10 +110,12 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
     from infinite_id_jax.identity.scales import layer_scales
     from infinite_id_jax.pipeline import DTYPES
     from infinite_id_jax.sharding import make_mesh
+    from infinite_id_jax.stable_diffusion.quantized import checked_kind
     from infinite_id_jax.weights.adapter import check_adapter
     from infinite_id_jax.weights.folder import describe_base, resolve
     from infinite_id_jax.weights.lora import checked_loras, read_lora
 
+    checked_kind(args.quantization)
     if args.dtype not in ("auto", *DTYPES):
         raise InputError(f"--dtype {args.dtype} is unknown: choose auto, {', '.join(DTYPES)}.")
     make_mesh(args.mesh)

@@ -141,7 +141,7 @@ def test_every_shortcut_changes_the_picture(weights, tmp_path):
     options = ["--size", "tiny", "--repeats", "1", "--keep-weights", str(weights), "--json", str(tmp_path / "out.json")]
     assert compare.main("benchmarks.shortcuts", "", shortcuts.cases, options) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert len(rows) == 3
+    assert len(rows) == 5
     assert len({row["error"] for row in rows[:2]}) == 2  # of two steps, every second is every third
     assert all(row["error"] > 1e-3 for row in rows)
 

@@ -170,6 +170,7 @@ def test_a_senseless_value_is_named_with_its_option(capsys, place, tmp_path, opt
         (["--attention", "on"], "Unknown attention 'on': choose from mixed, mutual, off"),
         (["--mesh", "lots"], "The mesh 'lots' is not of the form data=1"),
         (["--mesh", "data=99"], "needs 99 devices"),
+        (["--quantization", "int4"], "Unknown quantization 'int4': choose from none, int8, float8"),
         (["--dtype", "float8"], "--dtype float8 is unknown: choose auto, float32"),
         (["--face-index", "4"], "Eileen Collins ü.png: There is no face 4: the photo has 1"),
         (["--model", "nowhere"], "The model folder nowhere does not exist"),

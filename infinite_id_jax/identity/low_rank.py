@@ -6,6 +6,7 @@ from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.stable_diffusion.attention import Attention
 from infinite_id_jax.stable_diffusion.kernels import Linear
 from infinite_id_jax.stable_diffusion.low_rank import LowRank
+from infinite_id_jax.stable_diffusion.quantized import QuantizedLinear
 from infinite_id_jax.typing import Array, Tokens
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
@@ -34,7 +35,7 @@ class LowRankAttention(nnx.Module):
 class IdentityRowsLinear(nnx.Module):
     """A frozen linear map, and beside it a low-rank one for the identity rows of `layout`, or for all without one."""
 
-    def __init__(self, base: nnx.Linear | LowRank, low_rank: LowRankMap):
+    def __init__(self, base: nnx.Linear | LowRank | QuantizedLinear, low_rank: LowRankMap):
         self.base = base
         self.low_rank = low_rank
         self.in_features, self.out_features = base.in_features, base.out_features
