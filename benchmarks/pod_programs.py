@@ -1,5 +1,6 @@
 """SDXL's training and sampling steps, compiled for machines that are not here. `benchmarks.pods` is the command."""
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -110,7 +111,17 @@ def make_mesh(platform: str, topology: str, chips: int, layout: str) -> Any:
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def compile_training(platform: str, mesh: Any, rows: int, resolution: int, remat: str) -> Compiled:
+def _model(size: str) -> tuple[Any, Any]:
+    """The architecture and the adapter of a size of `benchmarks.models`: full is configs/infinite_id_sdxl.py's."""
+    from benchmarks.models import FACE_DIM, SIZES
+    from configs.infinite_id_sdxl import config
+
+    unet, clip_dim = SIZES[size].settings.unet, SIZES[size].clip_dim
+    widths = {"clip_dim": clip_dim, "face_dim": FACE_DIM, "cross_attention_dim": unet.cross_attention_dim}
+    return unet, dataclasses.replace(config.adapter, **widths)
+
+
+def compile_training(platform: str, mesh: Any, size: str, rows: int, resolution: int, remat: str) -> Compiled:
     """The step of `configs/infinite_id_sdxl.py` on `rows` images over all chips."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -122,8 +133,7 @@ def compile_training(platform: str, mesh: Any, rows: int, resolution: int, remat
     from infinite_id_jax.training.step import train_step
 
     inputs = abstract_inputs(
-        config.model.architecture,
-        config.adapter,
+        *_model(size),
         MethodConfig(identity_drop=config.method.identity_drop, remat=remat),
         config.optimizer,
         mesh,
@@ -139,14 +149,13 @@ def compile_training(platform: str, mesh: Any, rows: int, resolution: int, remat
     return _compiled(platform, mesh, lower, make_budget(*inputs, mesh.abstract_mesh, 1).all_flops)
 
 
-def compile_sampling(platform: str, mesh: Any, prompts: int, resolution: int) -> Compiled:
+def compile_sampling(platform: str, mesh: Any, size: str, prompts: int, resolution: int) -> Compiled:
     """One guided step of two streams, one identity a prompt, as `InfiniteIDPipeline` takes it."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from configs.infinite_id_sdxl import config
     from infinite_id_jax.diffusion.samplers import trajectory
     from infinite_id_jax.diffusion.schedule import ScheduleConfig
     from infinite_id_jax.identity.config import Switches
@@ -160,9 +169,10 @@ def compile_sampling(platform: str, mesh: Any, prompts: int, resolution: int) ->
     from infinite_id_jax.training.setup import CLIP_TOKENS, base_sharding
     from infinite_id_jax.weights.load import abstract, described
 
-    c, place = config.model.architecture, {"dtype": "bfloat16", "sharding": base_sharding(mesh, _sharded(mesh))}
+    c, config = _model(size)
+    place = {"dtype": "bfloat16", "sharding": base_sharding(mesh, _sharded(mesh))}
     unet = described(abstract(lambda rngs: UNet2DConditionModel(c, rngs=rngs)), **place)
-    adapter = described(abstract(lambda rngs: IdentityAdapter(config.adapter, unet, rngs=rngs)), **place)
+    adapter = described(abstract(lambda rngs: IdentityAdapter(config, unet, rngs=rngs)), **place)
     blocks = len(block_names(unet))
     inject(unet, adapter)
     graph, state = nnx.split(unet)
@@ -181,7 +191,7 @@ def compile_sampling(platform: str, mesh: Any, prompts: int, resolution: int) ->
     inputs = {
         "noise": number(prompts, side, side, c.in_channels),
         "text": TextCondition(array(2, prompts, TEXT_TOKENS, c.cross_attention_dim), array(2, prompts, pooled)),
-        "identity": array(2, 1, CLIP_TOKENS + config.adapter.face_tokens, c.cross_attention_dim),
+        "identity": array(2, 1, CLIP_TOKENS + config.face_tokens, c.cross_attention_dim),
         "time_ids": number(6),
         "controls": Controls(number(), number(), number(blocks), number()),
         "trajectory": trajectory("ddim", ScheduleConfig(), 1),

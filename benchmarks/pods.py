@@ -11,6 +11,8 @@ train: the step of configs/infinite_id_sdxl.py. sample: one guided step of two s
 """
 
 import argparse
+import itertools
+import json
 import math
 import re
 import sys
@@ -18,12 +20,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.compare import SIZES
 from benchmarks.pod_programs import LAYOUTS, compile_sampling, compile_training, find_compiler, make_mesh
-from infinite_id_jax.errors import InputError
-from infinite_id_jax.files import save_json
+from infinite_id_jax.errors import InputError, MissingExtraError
+from infinite_id_jax.files import replacing, save_json
 
 EFFICIENCY = 0.5  # of the peak, that products are taken to reach
 PROGRAMS = ("train", "sample")
+_ASKED = ("name", "program", "layout", "size", "rows", "resolution", "remat")
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "f64": 8, "s64": 8}
 _COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
@@ -110,15 +114,18 @@ def _group(line: str, chips: int) -> int:
     return chips
 
 
-def measure(name: str, kind: str, layout: str, rows: int, resolution: int, remat: str) -> dict[str, Any]:
-    """One row of the table; `rows` images, or prompts, a chip."""
+def measure(
+    name: str, kind: str, layout: str, size: str, rows: float, resolution: int, remat: str | None
+) -> dict[str, Any]:
+    """One row of the table; `rows` images, or prompts, a chip; `remat` None for sampling."""
     target = TARGETS[name]
     mesh = make_mesh(target.platform, target.topology, target.chips, layout)
     images = max(1, round(rows * target.chips))
     if kind == "train":
-        compiled = compile_training(target.platform, mesh, images, resolution, remat)
+        assert remat is not None
+        compiled = compile_training(target.platform, mesh, size, images, resolution, remat)
     else:
-        compiled = compile_sampling(target.platform, mesh, images, resolution)
+        compiled = compile_sampling(target.platform, mesh, size, images, resolution)
     sizes, sent = compiled.program.memory_analysis(), traffic(compiled.program.as_text(), target.chips)
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     used = held + sizes.temp_size_in_bytes
@@ -130,10 +137,12 @@ def measure(name: str, kind: str, layout: str, rows: int, resolution: int, remat
         "name": name,
         "program": kind,
         "layout": layout,
+        "size": size,
         "chips": target.chips,
         "images": images,
+        "rows": rows,
         "resolution": resolution,
-        "remat": remat if kind == "train" else None,
+        "remat": remat,
         "memory_bytes": used,
         "held_bytes": held,
         "memory_free_share": 1 - used / target.memory_bytes,
@@ -167,6 +176,45 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Images a second over chips, from bytes after products to bytes beside them, and what of a chip's memory is taken.
+
+    Raises MissingExtraError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("--plot", "evaluate") from None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["chips"]):
+        family = row["name"].split("-")[0]
+        lines.setdefault(f"{family} {row['program']} {row['layout']}", []).append(row)
+    for label, line in lines.items():
+        chips = [row["chips"] for row in line]
+        slow, fast = ([row["images"] / row[key] for row in line] for key in ("step_s_in_turn", "step_s_overlapped"))
+        middle = [(a + b) / 2 for a, b in zip(slow, fast, strict=True)]
+        ranges = [
+            [m - a for m, a in zip(middle, slow, strict=True)],
+            [b - m for m, b in zip(middle, fast, strict=True)],
+        ]
+        speed.errorbar(chips, middle, yerr=ranges, marker="o", capsize=4, label=label)
+    speed.set(xscale="log", yscale="log", xlabel="chips", ylabel="images/s, predicted")
+    speed.legend(fontsize=8)
+    names = [f"{row['name']} {row['program']} {row['layout']}" for row in rows]
+    for key, shade, label in (("memory_bytes", "tab:orange", "between"), ("held_bytes", "tab:blue", "held")):
+        sizes = [row[key] / 2**30 for row in rows]
+        memory.barh(names, sizes, color=shade, label=label)
+    limits = [TARGETS[row["name"]].memory_gb for row in rows]
+    memory.scatter(limits, names, marker="|", s=120, color="black", label="a chip's")
+    memory.set(xscale="log", xlabel="GiB a chip")
+    memory.invert_yaxis()
+    memory.legend(fontsize=8)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=110)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pods", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -176,27 +224,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--layout", choices=LAYOUTS, nargs="+", default=["data", "fsdp"], help="how chips share the work (data fsdp)"
     )
+    parser.add_argument("--size", choices=SIZES, default="full", help="full: SDXL; small and tiny: narrower")
     parser.add_argument("--rows", type=float, default=4, metavar="N", help="images or prompts a chip (default 4)")
     parser.add_argument("--resolution", type=int, default=1024, metavar="PIXELS", help="default 1024")
     parser.add_argument("--remat", default="blocks", metavar="POLICY", help="as method.remat (default blocks)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; rows that are there stay")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="and a picture of all of them here (PNG)")
     given = parser.parse_args(arguments)
     try:
-        for platform in sorted({TARGETS[name].platform for name in given.target}):
+        rows = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
+        known = {tuple(row[key] for key in _ASKED) for row in rows}
+        asked = [
+            (*names, given.size, given.rows, given.resolution, given.remat if names[1] == "train" else None)
+            for names in itertools.product(given.target, given.program, given.layout)
+        ]
+        todo = [each for each in asked if each not in known]
+        for platform in sorted({TARGETS[each[0]].platform for each in todo}):
             find_compiler(platform)
-        rows = []
-        for name in given.target:
-            for program in given.program:
-                for layout in given.layout:
-                    rows.append(measure(name, program, layout, given.rows, given.resolution, given.remat))
-                    seconds = rows[-1]["compile_s"]
-                    print(f"{name}, {program}, {layout}: compiled in {seconds:.0f} s", file=sys.stderr)
+        for each in todo:
+            rows.append(measure(*each))
+            print(f"{', '.join(each[:3])}: compiled in {rows[-1]['compile_s']:.0f} s", file=sys.stderr)
+            if given.json:
+                save_json({"efficiency": EFFICIENCY, "rows": rows}, given.json)
+        print(table(rows))
+        if given.plot:
+            plot(rows, given.plot)
     except InputError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(table(rows))
-    if given.json:
-        save_json({"efficiency": EFFICIENCY, "rows": rows}, given.json)
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import (
     cold_start,
@@ -203,6 +204,24 @@ def test_traffic_is_read_off_a_compiled_program():
     total = pods.traffic("\n".join(lines), 8)
     assert total.bytes_sent == pytest.approx(sum(lines.values()))
     assert total.counts == {"all-gather": 3, "reduce-scatter": 2, "all-reduce": 2, "collective-permute": 1}
+
+
+def test_pods_that_a_file_knows_are_not_compiled_again(tmp_path, capsys):
+    """Nor is a compiler of theirs asked for, which this machine need not have."""
+    row = {"program": "train", "layout": "fsdp", "size": "full", "rows": 4.0, "resolution": 1024, "remat": "blocks"}
+    row |= {"memory_bytes": 3 * 2**30, "held_bytes": 2**30, "memory_free_share": 0.8, "tflop_per_chip": 79.0}
+    row |= {"bytes_sent_per_chip": 1e10, "collectives": {"all-gather": 388}, "images_per_s_in_turn": 80.0}
+    row |= {"step_s_overlapped": 0.7, "step_s_in_turn": 0.8}
+    rows = [row | {"name": f"v5e-{chips}", "chips": chips, "images": 4 * chips} for chips in (16, 256)]
+    file, picture = tmp_path / "pods.json", tmp_path / "pods.png"
+    file.write_text(json.dumps({"rows": rows}))
+    options = ["--target", "v5e-16", "v5e-256", "--layout", "fsdp", "--json", str(file), "--plot", str(picture)]
+    assert pods.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [[f"v5e-{n}", "train", "fsdp"] for n in (16, 256)]
+    assert "0.70 to 0.80" in lines[1]
+    with Image.open(picture) as image:
+        assert image.size[0] > 1000
 
 
 def test_pods_name_what_is_missing(monkeypatch, capsys):
