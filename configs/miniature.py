@@ -22,8 +22,8 @@ from infinite_id_jax.training.state import OptimizerConfig
 
 UNET = UNetConfig(
     sample_size=16,
-    in_channels=4,
-    out_channels=4,
+    in_channels=8,
+    out_channels=8,
     block_out_channels=(64, 128, 160),
     layers_per_block=1,
     transformer_layers_per_block=(1, 1, 1),

@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 
 from infinite_id_jax.errors import InputError
+from infinite_id_jax.sharding import gathered
 from infinite_id_jax.stable_diffusion.clip_vision import VisionOutput
 from infinite_id_jax.stable_diffusion.config import UNetConfig
+from infinite_id_jax.stable_diffusion.kernels import divide_rows
 from infinite_id_jax.typing import Array, Float, Int, UInt
 
 MAX_SEED = 2**32 - 1
@@ -111,12 +113,12 @@ def decode(vae: Split, latents: Float[np.ndarray, "B h w c"], rows: int) -> Floa
     for start in range(0, len(latents), rows):
         part = latents[start : start + rows]
         padded = np.concatenate([part, np.repeat(part[-1:], rows - len(part), axis=0)])
-        pixels.append(np.asarray(_decode(vae[0], vae[1], padded))[: len(part)])
+        pixels.append(gathered(_decode(vae[0], vae[1], padded))[: len(part)])
     return np.concatenate(pixels)
 
 
 @partial(jax.jit, static_argnums=0)
 def _decode(graph: Any, state: Any, latents: Array) -> Array:
     vae = nnx.merge(graph, state)
-    image = vae.decode(latents.astype(jax.tree.leaves(state)[0].dtype)).astype(jnp.float32)
+    image = vae.decode(divide_rows(latents.astype(jax.tree.leaves(state)[0].dtype))).astype(jnp.float32)
     return jnp.clip(image / 2 + 0.5, 0.0, 1.0)

@@ -304,11 +304,11 @@ class InfiniteIDPipeline:
                 ),
                 trajectory=trajectory(scheduler, self.settings.schedule, steps),
             )
-        if progress is not None:
-            jax.effects_barrier()  # a late report would move the next call's bar
-        ended = gathered(ended)
-        final = ended.identity if people else ended.text
-        return Output(self._images(final, output), final, ended.text)
+            if progress is not None:
+                jax.effects_barrier()  # a late report would move the next call's bar
+            ended = gathered(ended)
+            final = ended.identity if people else ended.text
+            return Output(self._images(final, output), final, ended.text)
 
     def _report(self, step: Any) -> None:
         """One callable for every call, so that a new progress bar compiles nothing."""

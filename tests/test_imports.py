@@ -22,7 +22,7 @@ ALLOWED = {
     "faces": GROUND | {"files"},
     "identity": BASE,
     "weights": MODELS | {"files"},
-    "conditioning": BASE,
+    "conditioning": BASE | {"sharding"},
     "sampling": MODELS,
     "images": GROUND | {"files"},
     "evaluation": GROUND | {"faces", "files", "images"},

@@ -98,6 +98,22 @@ def _weigh(q: Float[Array, "B N L D"], keys: Float[Array, "B N D K"], v: Float[A
     return (summed / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)
 
 
+def double(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Nearest neighbours at twice the height and width.
+
+    Left to itself the compiler gathers all rows on every device behind it, to divide the next convolution's channels.
+    """
+    return divide_rows(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+def divide_rows(x: Array) -> Array:
+    """The same, its rows over the mesh of `jax.set_mesh`, if any (sharding.py)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    rest = [jax.sharding.PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(_ROW_AXES, *rest))
+
+
 def convolve(
     x: Array, kernel: Array, strides: Sequence[int], padding: Any, *, dimension_numbers: Any, **options: Any
 ) -> Array:

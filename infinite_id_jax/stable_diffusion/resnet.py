@@ -1,10 +1,9 @@
 """Residual blocks and resampling, shared by the U-Net and the VAE (diffusers' resnet.py)."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from infinite_id_jax.stable_diffusion.kernels import GroupNorm, Linear, convolve
+from infinite_id_jax.stable_diffusion.kernels import GroupNorm, Linear, convolve, double
 from infinite_id_jax.typing import Array, Float
 
 FeatureMap = Float[Array, "B H W C"]
@@ -60,7 +59,7 @@ class Upsample2D(nnx.Module):
 
     def __call__(self, x: FeatureMap, size: tuple[int, ...] | None = None) -> Resized:
         """`size` crops the doubled map where the way down halved an odd size."""
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        x = double(x)
         if size is not None:
             x = x[:, : size[0], : size[1]]
         return self.conv(x)
