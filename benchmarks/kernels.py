@@ -25,6 +25,12 @@ CONVOLUTION = {
     "small": [(1, 8, 1280, 1280), (2, 8, 2560, 1280), (1, 16, 1280, 640), (1, 32, 320, 320)],
     "full": [(1, 128, 320, 320), (1, 32, 1280, 1280)],
 }
+# (rows, side, channels) of what is doubled, nearest, before 3 x 3: a U-Net's and the VAE's
+DOUBLING = {
+    "tiny": [(1, 4, 16)],
+    "small": [(2, 8, 1280), (2, 16, 640), (1, 32, 256)],
+    "full": [(1, 64, 640), (1, 256, 512)],
+}
 # (rows, side, channels), 32 groups
 NORM = {"tiny": [(1, 4, 32)], "small": [(2, 32, 320), (2, 16, 640)], "full": [(1, 128, 320)]}
 
@@ -37,6 +43,8 @@ def cases(run: Run) -> Iterator[Case]:
             yield from _attention(run, rows, queries, keys, heads)
         for shape in CONVOLUTION[size]:
             yield from _convolution(run, *shape)
+        for shape in DOUBLING[size]:
+            yield from _doubling(run, *shape)
         for shape in NORM[size]:
             yield from _norm(run, *shape)
 
@@ -72,6 +80,24 @@ def _convolution(run: Run, rows: int, side: int, channels_in: int, channels_out:
     shapes = [(rows, side, side, channels_in), (3, 3, channels_in, channels_out)]
     name = f"convolution {rows}x{side}x{side}, {channels_in} to {channels_out}"
     yield from _both(run, name, shapes, of(convolve), of(lax.conv_general_dilated), peer, learned=1, nchw=True)
+
+
+def _doubling(run: Run, rows: int, side: int, channels: int) -> Iterator[Case]:
+    import torch.nn.functional as F
+    from jax import lax
+
+    from infinite_id_jax.stable_diffusion.kernels import convolve_doubled, double
+
+    def plain(x: Any, kernel: Any) -> Any:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(double(x), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+
+    def peer(x: Any, kernel: Any) -> Any:
+        return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), kernel, padding=1)
+
+    shapes = [(rows, side, side, channels), (3, 3, channels, channels)]
+    name = f"doubling and convolution {rows}x{side}x{side}x{channels}"
+    yield from _both(run, name, shapes, convolve_doubled, plain, peer, learned=1, nchw=True)
 
 
 def _norm(run: Run, rows: int, side: int, channels: int) -> Iterator[Case]:
@@ -134,7 +160,7 @@ def _both(
                 f"{name}{kind}{form}",
                 lambda program=program: np.asarray(program(*inputs)[0], np.float32),
                 side,
-                None if kind else count_flops(jax.make_jaxpr(program)(*inputs)) or None,
+                None if kind else count_flops(program, *inputs) or None,
             )
 
 

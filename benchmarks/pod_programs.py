@@ -196,7 +196,7 @@ def compile_sampling(platform: str, mesh: Any, size: str, prompts: int, resoluti
         "controls": Controls(number(), number(), number(blocks), number()),
         "trajectory": trajectory("ddim", ScheduleConfig(), 1),
     }
-    flops = count_flops(jax.make_jaxpr(lambda s, i: sample_streams(program, s, **i))(state, inputs))
+    flops = count_flops(lambda s, i: sample_streams(program, s, **i), state, inputs)
     sample = jax.jit(sample_streams, static_argnums=0, donate_argnames="noise")
     return _compiled(platform, mesh, partial(sample.lower, program, state, **inputs), flops)
 

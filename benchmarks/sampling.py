@@ -76,8 +76,8 @@ def denoising_program(pipe: Any, call: Callable[[], Any]) -> tuple[Any, float]:
     finally:
         pipe._sample = sample
     program, unet, inputs = seen[0]
-    jaxpr = jax.make_jaxpr(lambda unet, inputs: sample_streams(program, unet, **inputs))(unet, inputs)
-    return sample.lower(program, unet, **inputs).compile(), count_flops(jaxpr)
+    flops = count_flops(lambda unet, inputs: sample_streams(program, unet, **inputs), unet, inputs)
+    return sample.lower(program, unet, **inputs).compile(), flops
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def cases(run: Run) -> Iterator[Case]:
             f"forward, {rows} x {size.resolution} px",
             lambda compiled=compiled, arguments=arguments: np.asarray(compiled(*arguments), np.float32),
             peer,
-            count_flops(jax.make_jaxpr(forward)(*arguments)),
+            count_flops(forward, *arguments),
             program_bytes(compiled),
         )
 

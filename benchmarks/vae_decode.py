@@ -38,7 +38,7 @@ def cases(run: Run) -> Iterator[Case]:
         f"decode, 1 x {models.SIZES[run.size].resolution} px",
         lambda: np.asarray(compiled(state, latents), np.float32),
         peer,
-        count_flops(jax.make_jaxpr(decode)(state, latents)),
+        count_flops(decode, state, latents),
         program_bytes(compiled),
     )
 

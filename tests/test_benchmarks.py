@@ -152,7 +152,8 @@ def test_every_layer_is_compared_in_both_forms_and_directions(weights, tmp_path)
     assert compare.main("benchmarks.kernels", "", kernels.cases, options) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     forms = ["", ", XLA's", " and gradient", " and gradient, XLA's"]
-    layers = ("attention 1x16x16, 2 heads", "convolution 1x4x4, 16 to 32", "GroupNorm 1x4x4x32")
+    layers = ("attention 1x16x16, 2 heads", "convolution 1x4x4, 16 to 32")
+    layers += ("doubling and convolution 1x4x4x16", "GroupNorm 1x4x4x32")
     assert [row["name"] for row in rows] == [layer + form for layer in layers for form in forms]
     assert all(0 <= row["error"] < 1e-5 for row in rows)  # measured: 8.4e-7
 

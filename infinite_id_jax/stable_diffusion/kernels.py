@@ -6,6 +6,7 @@ What was chosen on a CPU was measured there (docs/performance.md); every form is
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ _FLASH_HEAD = 64  # numbers of a head: those of other models, and the VAE's, are
 _TILE = 512  # of queries and keys
 _ROW_AXES, _HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of the mesh (sharding.py)
 
+PLAIN = "plain"  # no platform at all: every layer in XLA's own form
 compiling_for = jax.make_user_context(None)
 """`with compiling_for("tpu"):` chooses for that platform in what is traced inside, whatever JAX runs on here."""
 
@@ -104,6 +106,35 @@ def double(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     Left to itself the compiler gathers all rows on every device behind it, to divide the next convolution's channels.
     """
     return divide_rows(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+def convolve_doubled(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B h w D"]:
+    """`double` and a convolution of 3 x 3 with a border of zeros, in four ninths of the products.
+
+    Of three neighbours in a doubled map two are one pixel: each of the four places that come of a pixel sees 2 x 2
+    pixels, by a kernel whose numbers are sums of the given one's.
+    """
+
+    def folded(kernel: Array, axis: int) -> tuple[Array, Array]:
+        first, middle, last = (lax.index_in_dim(kernel, i, axis) for i in range(3))
+        join = partial(lax.concatenate, dimension=axis)
+        return join((first, middle + last)), join((first + middle, last))
+
+    def places(wide: Array, row: int) -> list[Array]:
+        return [
+            lax.conv_general_dilated(
+                x,
+                part.astype(kernel.dtype),
+                (1, 1),
+                ((1 - row, row), (1 - column, column)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            for column, part in enumerate(folded(wide, 1))
+        ]
+
+    rows = [jnp.stack(places(part, row), axis=3) for row, part in enumerate(folded(kernel.astype(jnp.float32), 0))]
+    batch, height, width, _ = x.shape
+    return divide_rows(jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1))
 
 
 def divide_rows(x: Array) -> Array:

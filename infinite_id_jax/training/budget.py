@@ -55,13 +55,12 @@ def make_budget(
 
     inputs = (state.adapter, frozen, batch, drawn)
     shape = batch["latent_mean"].shape[:3]
-    both = jax.make_jaxpr(lambda arrays, *xs: jax.grad(lambda a: loss(plain, a, *xs))(arrays))(*inputs)
     rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     return Budget(
         base_parameters=sum(x.size for x in jax.tree.leaves(frozen.unet)),
         adapter_parameters=sum(x.size for x in jax.tree.leaves(state.adapter)),
         step_flops=2 * unet_flops(objective.unet, frozen.unet, *shape),
-        all_flops=count_flops(both),
+        all_flops=count_flops(lambda arrays, *xs: jax.grad(lambda a: loss(plain, a, *xs))(arrays), *inputs),
         bytes_each={
             "frozen models": _bytes(frozen),
             "adapter (fp32)": _bytes(state.adapter),

@@ -1,17 +1,18 @@
 """Floating-point operations of a program, counted from its jaxpr: products and convolutions, 2 per multiply-add.
 
-XLA's own cost analysis counts the body of a loop once and depends on the backend.
+Counted are the layers' plain forms: a kernel for some hardware hides its products, or needs fewer. XLA's own cost
+analysis counts the body of a loop once and depends on the backend.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import ClosedJaxpr
 
+from infinite_id_jax.stable_diffusion.kernels import PLAIN, compiling_for
 from infinite_id_jax.stable_diffusion.unet import AddedConditions
 
 TEXT_TOKENS = 77
@@ -50,12 +51,13 @@ def unet_flops(graph: Any, state: Any, rows: int, height: int, width: int) -> fl
         text = jnp.zeros((rows, TEXT_TOKENS, c.cross_attention_dim), dtype)
         return unet(jnp.zeros((rows, height, width, c.in_channels)), jnp.zeros(rows), text, added)
 
-    return count_flops(jax.make_jaxpr(forward)(state))
+    return count_flops(forward, state)
 
 
-def count_flops(closed: ClosedJaxpr) -> float:
-    """Operations of a jaxpr, loops counted as often as they run; of two branches the larger."""
-    return float(_count(closed.jaxpr))
+def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Operations of `function` of arrays or shapes, loops counted as often as they run; of two branches the larger."""
+    with compiling_for(PLAIN):
+        return float(_count(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
 def _count(jaxpr: Any) -> int:
