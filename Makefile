@@ -6,14 +6,19 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check -q
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+LIBTPU := build/libtpu
+
+.PHONY: demo test pods lint clean
 
 demo: $(VENV)/.demo
 	$(PY) -m examples.demo outputs/demo
 
 test: lint
-	$(PY) -m pytest -n 2 -m "not alone"
+	$(PY) -m pytest -n 2 -m "not alone and not pods"
 	$(PY) -m pytest -m alone
+
+pods: $(VENV)/.test $(LIBTPU)/.done
+	TPU_COMPILER=$(abspath $(LIBTPU)) $(PY) -m pytest -m pods
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -28,5 +33,10 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -c constraints.txt -e '.[$*]'
 	touch $@
 
+# Beside the environment: within it JAX would look for a TPU.
+$(LIBTPU)/.done: constraints.txt | $(VENV)/bin/python
+	$(PIP) install --no-deps -c constraints.txt --target $(LIBTPU) --upgrade libtpu
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(LIBTPU) outputs

@@ -127,12 +127,12 @@ def compile_training(platform: str, mesh: Any, size: str, rows: int, resolution:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from configs.infinite_id_sdxl import config
-    from infinite_id_jax.training.budget import make_budget
+    from infinite_id_jax.training.flops import count_flops
     from infinite_id_jax.training.objective import MethodConfig
     from infinite_id_jax.training.setup import abstract_inputs
     from infinite_id_jax.training.step import train_step
 
-    inputs = abstract_inputs(
+    objective, frozen, state, batch = abstract_inputs(
         *_model(size),
         MethodConfig(identity_drop=config.method.identity_drop, remat=remat),
         config.optimizer,
@@ -141,12 +141,11 @@ def compile_training(platform: str, mesh: Any, size: str, rows: int, resolution:
         resolution=resolution,
         sharded=_sharded(mesh),
     )
-    objective, frozen, state, batch = inputs
     places = jax.tree.map(lambda x: x.sharding, state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     step = partial(train_step, objective, config.optimizer, places.adapter)
     lower = partial(jax.jit(step, donate_argnums=1, out_shardings=(places, None)).lower, frozen, state, batch, key)
-    return _compiled(platform, mesh, lower, make_budget(*inputs, mesh.abstract_mesh, 1).all_flops)
+    return _compiled(platform, mesh, lower, count_flops(step, frozen, state, batch, key))
 
 
 def compile_sampling(platform: str, mesh: Any, size: str, prompts: int, resolution: int) -> Compiled:

@@ -1,11 +1,13 @@
 """Training and sampling on machines that are not here: SDXL's steps compiled for them, and what they will take.
 
     python -m benchmarks.pods [--target NAME ...] [--program train|sample ...] [--layout data|fsdp|tensor ...]
+                              [--remat POLICY ...] [--json FILE] [--plot FILE]
 
 The real compiler of a target makes the real program, without a chip of it: memory of a chip is that compiler's own
-figure, and so are the bytes that go between chips. FLOPs are counted from the jaxpr. Times are predictions: products
-at `EFFICIENCY` of the vendor's peak, bytes at the vendor's bandwidth; "overlapped" is the longer of the two, "in turn"
-their sum. TPUs need `pip install libtpu`, GPUs the extra cuda; nothing is run on them.
+figure, and so are the bytes that go between chips. FLOPs are counted from the jaxpr, twice what is computed twice to
+save memory. Times are predictions: products at `EFFICIENCY` of the vendor's peak, bytes at the vendor's bandwidth;
+"overlapped" is the longer of the two, "in turn" their sum. TPUs need `pip install libtpu`, GPUs the extra cuda; nothing
+is run on them.
 
 train: the step of configs/infinite_id_sdxl.py. sample: one guided step of two streams with one identity a prompt.
 """
@@ -161,14 +163,13 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     names = ("GiB/chip", "free", "TFLOP/chip", "GB sent", "step s", "images/s")
     widths = (9, 6, 12, 9, 15, 10)
-    lines = [
-        f"{'':10}{'':8}{'layout':8}{''.join(f'{n:>{w}}' for n, w in zip(names, widths, strict=True))}  collectives"
-    ]
+    heads = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    lines = [f"{'':10}{'':8}{'layout':8}{'remat':8}{heads}  collectives"]
     for row in rows:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives"].items()))
         step = f"{row['step_s_overlapped']:.2f} to {row['step_s_in_turn']:.2f}"
         lines.append(
-            f"{row['name']:10}{row['program']:8}{row['layout']:8}"
+            f"{row['name']:10}{row['program']:8}{row['layout']:8}{row['remat'] or '-':8}"
             f"{row['memory_bytes'] / 2**30:9.2f}{row['memory_free_share']:6.0%}"
             f"{row['tflop_per_chip']:12.1f}{row['bytes_sent_per_chip'] / 1e9:9.2f}{step:>15}"
             f"{row['images_per_s_in_turn']:10.1f}  {counts}"
@@ -227,7 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="full", help="full: SDXL; small and tiny: narrower")
     parser.add_argument("--rows", type=float, default=4, metavar="N", help="images or prompts a chip (default 4)")
     parser.add_argument("--resolution", type=int, default=1024, metavar="PIXELS", help="default 1024")
-    parser.add_argument("--remat", default="blocks", metavar="POLICY", help="as method.remat (default blocks)")
+    parser.add_argument(
+        "--remat", nargs="+", default=["blocks"], metavar="POLICY", help="as method.remat (default blocks)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; rows that are there stay")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="and a picture of all of them here (PNG)")
     given = parser.parse_args(arguments)
@@ -235,8 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
         known = {tuple(row[key] for key in _ASKED) for row in rows}
         asked = [
-            (*names, given.size, given.rows, given.resolution, given.remat if names[1] == "train" else None)
-            for names in itertools.product(given.target, given.program, given.layout)
+            (name, program, layout, given.size, given.rows, given.resolution, remat)
+            for name, program, layout in itertools.product(given.target, given.program, given.layout)
+            for remat in (given.remat if program == "train" else [None])
         ]
         todo = [each for each in asked if each not in known]
         for platform in sorted({TARGETS[each[0]].platform for each in todo}):
