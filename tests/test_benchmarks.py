@@ -23,7 +23,7 @@ from benchmarks import (
     unet_forward,
     vae_decode,
 )
-from benchmarks.full_size_unet import main, relative_error
+from benchmarks.full_size_unet import main, parameter_shapes, relative_error
 from benchmarks.meter import Meter, Phase, in_fresh_process
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +156,19 @@ def test_every_layer_is_compared_in_both_forms_and_directions(weights, tmp_path)
     layers += ("doubling and convolution 1x4x4x16", "GroupNorm 1x4x4x32")
     assert [row["name"] for row in rows] == [layer + form for layer in layers for form in forms]
     assert all(0 <= row["error"] < 1e-5 for row in rows)  # measured: 8.4e-7
+
+
+@pytest.mark.alone
+def test_each_process_loads_its_own_part(tmp_path):
+    done = run("benchmarks.sharded_load", "--size", "tiny", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["process 0", "process 1"]
+    shapes = parameter_shapes(models.SIZES["tiny"].settings.unet).values()
+    weights = sum(2 * math.prod(shape) for shape in shapes)
+    for row in report["rows"]:
+        assert weights / 2 < row["held_bytes"] < 0.6 * weights  # vectors, which all devices have whole, are few
+        assert row["growth_bytes"] > row["held_bytes"]
 
 
 def test_a_new_process_draws_the_peers_image_and_keeps_its_programs(weights, tmp_path):
