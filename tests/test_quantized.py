@@ -50,7 +50,7 @@ def test_a_product_is_that_of_rounded_rows_and_columns(kind):
     ours = np.asarray(jax.jit(QuantizedLinear(linear, kind))(x))
     product = eight_bits(torch.from_numpy(x), -1, kind) @ eight_bits(torch.from_numpy(kernel), 0, kind)
     theirs = product.numpy() + bias
-    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())  # measured: 1.3e-7
     plain = x @ kernel + bias
     assert error(ours, plain) == pytest.approx({"int8": 0.007, "float8": 0.028}[kind], rel=0.3)  # measured
 
