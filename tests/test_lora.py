@@ -232,7 +232,7 @@ def test_kept_beside_the_base(reference, tmp_path):
 
     programs = call._cache_size()
     plain, off = our_outputs(base), our_outputs(at_strength(beside, "style", 0.0))
-    assert_close(off, plain, 1e-6)  # measured 1.2e-7: XLA orders the sums of another program otherwise
+    assert_close(off, plain, 1e-5)  # measured 1.6e-6: beside a LoRA doubled maps are convolved in the plain form
     assert_close(
         our_outputs(at_strength(beside, "style", STRENGTH / 2)), our_outputs(merge_lora(base, lora, STRENGTH / 2)), 2e-5
     )

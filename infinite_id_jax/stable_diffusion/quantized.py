@@ -1,5 +1,6 @@
 """A frozen U-Net whose transformers multiply 8-bit numbers, for which hardware has up to twice the rate of 16 bits."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,8 +29,7 @@ class QuantizedLinear(nnx.Module):
 
     def __init__(self, base: nnx.Linear, kind: str):
         """The kernel stays where its devices have it."""
-        quantize = jax.jit(lambda kernel: _qwix().quantize(kernel, KINDS[kind], channelwise_axes=(1,)))
-        kernel = quantize(base.kernel[...])
+        kernel = _by_outputs(base.kernel[...], kind)
         self.kernel, self.scale = nnx.Param(kernel.qvalue), nnx.Param(kernel.scale)  # [in, out], [1, out]
         self.bias = base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -40,6 +40,11 @@ class QuantizedLinear(nnx.Module):
         over = (((x.ndim - 1,), (0,)), ((), ()))
         y = qwix.dot_general(rows, qwix.QArray(kernel, self.scale[...]), over)
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+@partial(jax.jit, static_argnames="kind")  # one program for each shape, and there are few
+def _by_outputs(kernel: Array, kind: str) -> Any:
+    return _qwix().quantize(kernel, KINDS[kind], channelwise_axes=(1,))
 
 
 def checked_kind(kind: str) -> str:
