@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.sharding import make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
+from infinite_id_jax.stable_diffusion.kernels import PLAIN, compiling_for
 from infinite_id_jax.stable_diffusion.low_rank import LowRank, set_lora_scale
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
 from infinite_id_jax.weights.compvis import unet_names
@@ -230,9 +231,11 @@ def test_kept_beside_the_base(reference, tmp_path):
     assert_close(our_outputs(beside), theirs, 2e-5)
     assert_close(our_outputs(beside), our_outputs(merge_lora(base, lora, STRENGTH)), 2e-5)
 
+    with compiling_for(PLAIN):  # beside a LoRA doubled maps are convolved in the plain form
+        off, plain = our_outputs(at_strength(beside, "style", 0.0)), our_outputs(base)
+        assert_close(off, plain, 1e-6)  # measured 1.2e-7: XLA orders the sums of another program otherwise
     programs = call._cache_size()
-    plain, off = our_outputs(base), our_outputs(at_strength(beside, "style", 0.0))
-    assert_close(off, plain, 1e-5)  # measured 1.6e-6: beside a LoRA doubled maps are convolved in the plain form
+    assert_close(our_outputs(at_strength(beside, "style", 0.0)), plain, 2e-5)
     assert_close(
         our_outputs(at_strength(beside, "style", STRENGTH / 2)), our_outputs(merge_lora(base, lora, STRENGTH / 2)), 2e-5
     )
