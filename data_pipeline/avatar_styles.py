@@ -63,11 +63,11 @@ def line_art(figure: Figure, backdrop: Picture, rng: np.random.Generator) -> Pic
 
 
 def pixel_art(figure: Figure, backdrop: Picture, rng: np.random.Generator) -> Picture:
-    """Squares of a thirty-second of a side, each of one of few colours, dithered."""
+    """Squares of a thirty-second of a side, each of one of few colours."""
     size = len(figure)
     small = Image.fromarray(flat(figure, backdrop, rng)).resize((32, 32), Image.Resampling.BOX)
     contrast = np.clip(0.5 + 1.15 * (_floats(np.asarray(small)) - 0.5), 0, 1)
-    colours = np.rint(contrast * 5 + 0.55 * (np.tile(_BAYER, (8, 8)) - 0.47)[..., None]) / 5
+    colours = np.rint(contrast**0.7 * 5) / 5
     return np.asarray(Image.fromarray(_bytes(colours)).resize((size, size), Image.Resampling.NEAREST))
 
 
@@ -76,9 +76,8 @@ def sketch(figure: Figure, backdrop: Picture, rng: np.random.Generator) -> Pictu
     size = len(figure)
     grey = _composite(figure, backdrop) @ _LUMA
     outline = np.clip(grey / np.maximum(_blur(grey, 0.02), 0.04), 0, 1) ** 2.2
-    x, y = _grid(size)
-    spacing = 2 * np.pi * 16 * (1 + 0.04 * _clouds(rng, size, 5))
-    strokes, crossed = (0.5 + 0.5 * np.sin(spacing * way) for way in (x + y, x - y))
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    strokes, crossed = (0.5 + 0.5 * np.sin(2 * np.pi * 32 * way) for way in (x + y, x - y))
     dark = np.clip(0.75 - grey, 0, 1)
     hatching = dark * (0.35 + 0.65 * strokes) + np.clip(0.4 - grey, 0, 1) * crossed
     tooth = rng.normal(0, 0.05, grey.shape).astype(np.float32)
@@ -103,8 +102,8 @@ def dark_comic(figure: Figure, backdrop: Picture, rng: np.random.Generator) -> P
     image = _composite(figure, backdrop)
     alpha = _floats(figure[..., 3])
     lean = rng.choice([-1.0, 1.0]) * np.gradient(_blur(alpha, 0.05), axis=1) * size / 12
-    shade = np.where((lean > 0.35) & (alpha > 0.5), 0.45, 1.0)
-    deep = np.clip(1.1 * image - 0.1, 0, 1) * np.array([0.82, 0.74, 1.0], np.float32) + [0.03, 0.02, 0.10]
+    shade = np.where((lean > 0.35) & (alpha > 0.5), 0.6, 1.0)
+    deep = np.clip(1.05 * image**0.85 - 0.05, 0, 1) * np.array([0.82, 0.74, 1.0], np.float32) + [0.03, 0.02, 0.10]
     steps = np.rint(deep * 4) / 4 * shade[..., None]
     dots = np.tile(_BAYER, (size // 4 + 1, size // 4 + 1))[:size, :size]
     speckled = (dots > 0.8) & (steps @ _LUMA < 0.4)

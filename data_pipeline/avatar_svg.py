@@ -38,19 +38,26 @@ _LONG_NOSE = (
 )
 _WIDE_NOSE = '<path d="M6,4 Q8,19 28,19 Q48,19 50,4 Q42,11 28,11 Q14,11 6,4 Z" fill="#000" fill-opacity="0.42"/>'
 _SMALL_NOSE = '<ellipse cx="28" cy="9" rx="6" ry="5" fill="#000" fill-opacity="0.36"/>'
-_BROWS = '<path d="{}" fill="none" stroke="#000" stroke-opacity="0.7" stroke-width="{}" stroke-linecap="round"/>'
-_ARCHED_BROWS = _BROWS.format("M11,10 Q24,-10 42,6 M70,6 Q88,-10 101,10", 5)
-_THICK_BROWS = _BROWS.format("M15,8 L41,6 M71,6 L97,8", 11)
-_JOINED_BROWS = _BROWS.format("M12,8 Q34,0 56,9 Q78,0 100,8", 7)
+
+
+def _stroke(path: str, width: int) -> str:
+    """A dark line with a light rim, which shows on dark skin."""
+    line = f'<path d="{path}" fill="none" stroke-linecap="round"'
+    return (
+        f'{line} stroke="#FFF" stroke-opacity="0.4" stroke-width="{width + 4}"/>'
+        f'{line} stroke="#1A1012" stroke-width="{width}"/>'
+    )
+
+
+_ARCHED_BROWS = _stroke("M11,10 Q24,-10 42,6 M70,6 Q88,-10 101,10", 5)
+_THICK_BROWS = _stroke("M15,8 L41,6 M71,6 L97,8", 11)
+_JOINED_BROWS = _stroke("M12,8 Q34,0 56,9 Q78,0 100,8", 7)
 _COLLAR = (
     '<path d="M88,6 Q110,34 132,40 Q154,34 176,6 L192,30 L150,66 L132,44 L114,66 L72,30 Z" fill="#FFF" '
     'stroke="#8A8F98" stroke-width="2.5" stroke-linejoin="round"/>'
 )
-_STRAIGHT_MOUTH = '<rect x="37" y="16" width="34" height="6" rx="3" fill="#000" fill-opacity="0.7"/>'
-_SMIRK = (
-    '<path d="M37,9 Q41,24 54,24 Q67,24 72,6" fill="none" stroke="#000" stroke-opacity="0.7" '
-    'stroke-width="5" stroke-linecap="round"/>'
-)
+_STRAIGHT_MOUTH = _stroke("M39,19 H69", 6)
+_SMIRK = _stroke("M37,9 Q41,24 54,24 Q67,24 72,6", 5)
 _HEADPHONES = (
     '<g fill="none" stroke="#20242C"><path d="M64,112 C56,20 208,20 200,112" stroke-width="9"/></g>'
     '<g fill="#E8403A" stroke="#20242C" stroke-width="3"><rect x="50" y="94" width="24" height="44" rx="11"/>'

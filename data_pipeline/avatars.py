@@ -110,7 +110,7 @@ HAT = {
     "helmet": ("gladiator_helmet", "#B8862E"),
 }
 BACKGROUND = avatar_svg.BACKDROPS
-VIEW = {"close-up": (1.12, 11.0), "portrait": (0.94, 1.0), "wide shot": (0.79, 0.0)}  # scale; down, in hundredths
+VIEW = {"close-up": (1.14, 13.0), "portrait": (0.97, 2.0), "wide shot": (0.82, 0.0)}  # scale; down, in hundredths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ SECOND = dataclasses.replace(
     hidden_act="gelu",
     architectures=("CLIPTextModelWithProjection",),
 )
-BUDGET = Budget(steps=2000, batch_size=128, learning_rate=1e-3)
+BUDGET = Budget(steps=1500, batch_size=128, learning_rate=1e-3)
 # The judge sees other pictures, of other people, in other pieces.
 JUDGE_VISION = dataclasses.replace(VISION, num_hidden_layers=3, image_size=128, patch_size=16)
 _LENGTH = 44  # tokens in training: later positions are padding, which causal attention hides from a text's end

@@ -23,7 +23,7 @@ ATTRIBUTES = SmallResNetConfig(
     size=pictures.SIZE, widths=(48, 96, 128, 160), outputs=sum(len(values) for values in CLASSES.values())
 )
 RECOGNISER = SmallResNetConfig(size=96, widths=(64, 80, 112), outputs=96)
-BUDGET = Budget(steps=5000, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
+BUDGET = Budget(steps=3000, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
 
 
 def train_attributes(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> dict[str, Array]:

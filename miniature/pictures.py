@@ -42,12 +42,12 @@ class PictureSet(NamedTuple):
 
 
 SETS = {
-    "base": PictureSet("train", "base", 60 * SHARD),
-    "identity": PictureSet("train", "identity", 48 * SHARD, photos=8),
+    "base": PictureSet("train", "base", 48 * SHARD),
+    "identity": PictureSet("train", "identity", 40 * SHARD, photos=8),
     "base-test": PictureSet("test", "base", 2 * SHARD),
     "identity-test": PictureSet("test", "identity", 2 * SHARD, photos=8),
     # For those that judge, of people whom the others do not see together with another picture of them.
-    "judge": PictureSet("train", "base", 48 * SHARD, photos=8, first=6 * SHARD, seed=10**6),
+    "judge": PictureSet("train", "base", 32 * SHARD, photos=8, first=6 * SHARD, seed=10**6),
 }
 
 

@@ -22,7 +22,7 @@ from miniature.fit import Batch, Budget, fit_module, rows
 CONFIG = VAEConfig(
     latent_channels=8, block_out_channels=(16, 24, 48, 96), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0
 )
-BUDGET = Budget(steps=4000, batch_size=16, learning_rate=2e-3)
+BUDGET = Budget(steps=3000, batch_size=16, learning_rate=2e-3)
 PIECE = 64  # pixels of a side: four pieces cost what one picture does, and are more different from each other
 # Weight of the posterior's divergence, summed over latents, beside the mean error of a pixel. With 1e-5 a posterior was
 # a tenth as wide as its latent, half of what latents hold was finer than 16 pixels, and a U-Net learned little from
