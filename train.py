@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output_dir is None:
         raise InputError("A run needs --output-dir DIR for its checkpoints (or --dry-run, which writes nothing).")
     start_processes(args)
+    from infinite_id_jax.training.metrics import check_extras
     from infinite_id_jax.training.signals import StopSignals
+
+    check_extras(tensorboard=config.run.tensorboard, wandb=config.run.wandb)
 
     with StopSignals() as signals:
         return train(prepare(config, args), args, signals)
@@ -322,8 +325,8 @@ def draw_samples(
 
 
 def dry_run(config: "TrainConfig") -> str:
-    """The budget of a step on the configured mesh, from the shapes of `model.path` or, where that is not at hand, of
-    `model.architecture`.
+    """The budget of an identity-enhanced step on the configured mesh, from the shapes of `model.path` or, where that is
+    not at hand, of `model.architecture`.
     """
     from infinite_id_jax.sharding import abstract_mesh
     from infinite_id_jax.training.budget import make_budget
@@ -348,7 +351,8 @@ def dry_run(config: "TrainConfig") -> str:
     source = config.model.path if here else f"the configuration's shapes ({config.model.path or 'no path'} is not here)"
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = f"{config.data.batch_size} rows of {config.data.resolution} px"
-    return f"U-Net of {source}; {rows} on {sizes}\n{budget.text}"
+    note = "\n-1 is counted as one device: give the sizes in run.mesh." if "-1" in config.run.mesh else ""
+    return f"U-Net of {source}; {rows} on {sizes}{note}\n{budget.text}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from infinite_id_jax.training.state import OptimizerConfig
 config = TrainConfig(
     model=ModelConfig(path="stabilityai/stable-diffusion-xl-base-1.0"),
     data=DataConfig(path="data/people", batch_size=64),
-    adapter=AdapterConfig(clip_dim=1664, face_dim=512, face_tokens=1),  # ViT-bigG/14 and ArcFace (METHOD rows 1, 4)
+    adapter=AdapterConfig(clip_dim=1664, face_dim=512, face_tokens=1),  # ViT-bigG/14 and ArcFace (decisions 1, 4)
     method=MethodConfig(identity_drop=0.1, remat="blocks"),
     optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.01),
     run=RunConfig(

@@ -1,4 +1,4 @@
-"""What METHOD leaves open, tried in the miniature: each choice against the defaults of configs/miniature.py.
+"""What docs/method.md decides, tried in the miniature: each choice against the defaults of configs/miniature.py.
 
     python evaluate.py --config configs/miniature_variants.py --output-dir outputs/miniature_variants
 

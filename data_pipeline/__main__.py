@@ -67,9 +67,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", required=True, metavar="D", help="for the records, provenance.jsonl and summary.json")
     p.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="SDXL folder with vae/ and image_encoder/")
-    p.add_argument(
-        "--face-backend", default="auto", metavar="NAME", help="auto, insightface or mtcnn_dlib (default auto)"
-    )
+    p.add_argument("--face-backend", default="auto", metavar="NAME", help="auto, insightface or offline (default auto)")
+    p.add_argument("--download-faces", action="store_true", help="let insightface fetch its packs (non-commercial)")
     p.add_argument("--runner", default="DirectRunner", help="any Beam runner (default DirectRunner, in this process)")
     p.add_argument("--dry-run", action="store_true", help="check everything, count the input, write nothing")
     p.add_argument("--debug", action="store_true", help="show tracebacks and what Beam says")
@@ -131,7 +130,7 @@ def make_job(args: argparse.Namespace, sources: Sequence["Source"]) -> "Job":
 
     model = resolve(args.model)
     read_configs(model)
-    backend = get_backend(args.face_backend)
+    backend = get_backend(args.face_backend, download=args.download_faces)
     config = _configuration(args, digest(sources), model_fingerprint(model), backend.name)
     spec = read_spec(model, config, backend.embedding_dim, recogniser_size(backend))
     check_weights(model)

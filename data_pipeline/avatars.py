@@ -317,7 +317,7 @@ def _hidden(person: Person, scene: Scene, style: str) -> set[str]:
         hidden |= {"hair", "hair_colour"}
     if scene.hat in ("bobble hat", "helmet"):
         hidden.add("brows")
-    if scene.accessory in ("sunglasses", "cat-eye glasses") and person.facial_hair == "long beard":
+    if scene.accessory == "cat-eye glasses" and person.facial_hair in ("short beard", "long beard"):
         hidden.add("expression")
     if scene.accessory in ("sunglasses", "cat-eye glasses", "eyepatch"):
         hidden.add("glasses")

@@ -3,13 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from infinite_id_jax.errors import InputError, NoFaceError
+    from infinite_id_jax.identity.config import Switches
     from infinite_id_jax.pipeline import FaceFeatures, Identity, InfiniteIDPipeline, Output
 
-__all__ = ["FaceFeatures", "Identity", "InfiniteIDPipeline", "Output"]
+__all__ = ["FaceFeatures", "Identity", "InfiniteIDPipeline", "InputError", "NoFaceError", "Output", "Switches"]
 
 
 def __getattr__(name: str) -> Any:
     """JAX is imported when the pipeline is first asked for, so that `--help` and input errors come at once."""
+    if name in ("InputError", "NoFaceError"):
+        from infinite_id_jax import errors
+
+        return getattr(errors, name)
     if name in __all__:
         from infinite_id_jax import pipeline
 

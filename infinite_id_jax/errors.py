@@ -34,7 +34,7 @@ class MissingExtraError(InputError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, what: str, extra: str):
-        super().__init__(f"{what} needs the extra `{extra}`: pip install 'infinite-id-jax[{extra}]'.")
+        super().__init__(f"{what} needs the extra `{extra}`: `pip install -e '.[{extra}]'` in a clone.")
 
 
 class DivergedError(InputError):

@@ -16,7 +16,7 @@ MINIATURE = Path(__file__).parent / "miniature"
 
 def miniature() -> Path:
     """The folder of the model called "miniature". Raises InputError where its weights are not."""
-    if not MINIATURE.is_dir():
+    if not (MINIATURE / "model_index.json").is_file():
         raise InputError(
             "The miniature's weights are not in this installation: train them in a clone of the repository "
             "(`python -m miniature FOLDER`), or name another model."

@@ -53,7 +53,7 @@ class Identity:
     """One person (or a mixture) as identity tokens c_id [K, D], and nobody as as many; `face` if of a photo."""
 
     tokens: Float[Array, "K D"]
-    unconditional: Float[Array, "K D"]  # for guidance (METHOD row 11)
+    unconditional: Float[Array, "K D"]  # for guidance (decision 11)
     face: ExtractedFace | None = None
 
 

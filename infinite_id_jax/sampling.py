@@ -75,7 +75,7 @@ def sample_streams(
     """Denoise P prompts with M identities each, identity rows from the noise of their text row.
 
     With an `own` text stream there are T = P text rows and each serves M identity rows; with a `shared` one each of
-    the T = P M identity rows brings a text row that looks at the same latents (METHOD row 7). In single-stream
+    the T = P M identity rows brings a text row that looks at the same latents (decision 7). In single-stream
     sampling the T = P M rows are all there is. Outside `guidance_range` (Kynkäänniemi et al. 2024) the U-Net sees
     the conditional half alone, which halves the work of a step. With a `cache_interval` of N all but every Nth step
     run the U-Net's outermost level alone.

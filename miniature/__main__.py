@@ -65,7 +65,7 @@ def train_judge_attributes(folder: Path) -> None:
 
 
 def train_judge_recogniser(folder: Path) -> None:
-    arrays = faces.train_recogniser(folder / "judge_recogniser", drawn(folder, "judge"), judges.RECOGNISER, seed=13)
+    arrays = judges.train_recogniser(folder / "judge_recogniser", drawn(folder, "judge"))
     save_arrays(arrays, folder / "judges" / "recogniser")
 
 
@@ -93,8 +93,8 @@ def train_unet(folder: Path) -> None:
 
 def assemble(folder: Path) -> None:
     """What makes a model folder of the parts: the schedule, and what kind of pipeline it is."""
-    prediction = {"prediction_type": unet.SCHEDULE.prediction_type}
-    save_json(SCHEDULER | prediction, folder / "model" / "scheduler" / "scheduler_config.json")
+    own = {name: getattr(unet.SCHEDULE, name) for name in ("prediction_type", "timestep_spacing")}
+    save_json(SCHEDULER | own, folder / "model" / "scheduler" / "scheduler_config.json")
     save_json({"_class_name": "StableDiffusionXLPipeline"}, folder / "model" / "model_index.json")
 
 

@@ -1,7 +1,7 @@
 """The miniature's CLIP: two text encoders and an image encoder, trained to find each other (Radford et al. 2021)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -11,10 +11,11 @@ from flax import nnx
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipeline.avatar_captions import with_looks
+from data_pipeline.avatar_captions import SHIRT_BELOW, WORDS, caption, generator, with_looks
 from data_pipeline.avatars import CLASSES
 from infinite_id_jax.faces.align import clip_crop
-from infinite_id_jax.faces.protocol import Face
+from infinite_id_jax.faces.miniature import HEAD, aligned
+from infinite_id_jax.faces.protocol import Crop, Face
 from infinite_id_jax.identity.features import unit
 from infinite_id_jax.images import softened
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
@@ -52,7 +53,7 @@ SECOND = dataclasses.replace(
     hidden_act="gelu",
     architectures=("CLIPTextModelWithProjection",),
 )
-BUDGET = Budget(steps=1500, batch_size=128, learning_rate=1e-3)
+BUDGET = Budget(steps=1000, batch_size=96, learning_rate=1e-3)
 # The judge sees other pictures, of other people, in other pieces.
 JUDGE_VISION = dataclasses.replace(VISION, num_hidden_layers=3, image_size=128, patch_size=16)
 _LENGTH = 44  # tokens in training: later positions are padding, which causal attention hides from a text's end
@@ -84,46 +85,79 @@ class Contrast(nnx.Module):
 
 def train(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> Contrast:
     """The image encoder and both text encoders of the miniature."""
-    return _train(Contrast(VISION, (FIRST, SECOND), rngs=nnx.Rngs(1)), folder, drawn, budget, seed=2)
+    model = Contrast(VISION, (FIRST, SECOND), rngs=nnx.Rngs(1))
+    return _train(model, folder, drawn, budget, head_crop, softest=8.0, seed=2)
 
 
 def train_judge(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> Contrast:
-    return _train(Contrast(JUDGE_VISION, (SECOND,), rngs=nnx.Rngs(11)), folder, drawn, budget, seed=12)
+    """One that is shown no photograph of an eighth of the size: what it judges is drawn whole."""
+    model = Contrast(JUDGE_VISION, (SECOND,), rngs=nnx.Rngs(11))
+    return _train(model, folder, drawn, budget, face_crop, softest=1.6, seed=12)
 
 
-def _train(model: Contrast, folder: Path, drawn: pictures.Pictures, budget: Budget, seed: int) -> Contrast:
+def head_crop(image: UInt8[np.ndarray, "s s 3"], keypoints: np.ndarray, size: int) -> Crop:
+    """The head that identities are encoded from, by the points of the face."""
+    return clip_crop(image, Face((0.0, 0.0, 0.0, 0.0), 1.0, keypoints.astype(np.float64), HEAD), size)
+
+
+def face_crop(image: UInt8[np.ndarray, "s s 3"], keypoints: np.ndarray, size: int) -> Crop:
+    """The aligned face that CLIP-I compares, as the recogniser sees it: no clothes, and little of what is behind."""
+    face = Image.fromarray(aligned(image, keypoints.astype(np.float64)))
+    return np.asarray(face.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _train(
+    model: Contrast,
+    folder: Path,
+    drawn: pictures.Pictures,
+    budget: Budget,
+    crop: Callable[[np.ndarray, np.ndarray, int], Crop],
+    *,
+    softest: float,
+    seed: int,
+) -> Contrast:
+    """On whole pictures and, as often, what `crop` cuts of them; one in four from a smaller one, down to `softest`."""
     tokenize = vocabulary.tokenizer(folder)
     size = model.vision.config.image_size
 
     def batch_at(step: int) -> Batch:
         chosen = rows(seed, step, budget.batch_size, len(drawn.images))
         rng = np.random.default_rng((seed + 1, step))
-        images = [_seen(drawn.images[i], drawn.keypoints[i], size, rng) for i in chosen]
-        texts = [text_of(tokenize, drawn.captions[i], drawn.labels[i], int(i) + step, every=2) for i in chosen]
+        images = []
+        for i in chosen:
+            image = drawn.images[i]
+            if rng.random() < 0.25:
+                image = softened(image, int(pictures.SIZE / rng.uniform(1.3, softest)))
+            if rng.random() < 0.5:
+                images.append(crop(image, drawn.keypoints[i], size))
+            else:
+                images.append(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
+        texts = [text_of(tokenize, drawn.labels[i], int(i) + step, every=2) for i in chosen]
         ids = tokenize(texts)[:, :_LENGTH]
         ids[:, -1] = tokenize.eos_id  # of the few that are longer: without an end nothing could be read off
         return {"pixels": np.stack(images), "ids": ids}
 
-    return fit_module(model, loss, batch_at, budget, folder)
+    return fit_module(model, loss, batch_at, budget, folder, over=drawn.fingerprint)
 
 
-def _seen(
-    image: UInt8[np.ndarray, "s s 3"], keypoints: np.ndarray, size: int, rng: np.random.Generator
-) -> UInt8[np.ndarray, "size size 3"]:
-    """The whole picture or, as often, the head that identities are encoded from; one in four from a smaller one."""
-    if rng.random() < 0.25:
-        image = softened(image, int(pictures.SIZE / rng.uniform(1.3, 8)))
-    if rng.random() < 0.5:
-        return clip_crop(image, Face((0.0, 0.0, 0.0, 0.0), 1.0, keypoints.astype(np.float64)), size)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def text_of(tokenize: CLIPTokenizer, plain: str, labels: np.ndarray, seed: int, *, every: int) -> str:
-    """The caption of a picture, one in `every` with how the person looks, where that fits."""
+def text_of(tokenize: CLIPTokenizer, labels: np.ndarray, seed: int, *, every: int) -> str:
+    """A caption of what shows, one in `every` with how the person looks, where that fits."""
+    plain = retold(labels, seed)
     if seed % every:
         return plain
     said = with_looks(plain, visible(labels), seed)
     return plain if len(tokenize.backend.encode(said).ids) > _LENGTH - 2 else said
+
+
+def retold(labels: np.ndarray, seed: int) -> str:
+    """A caption of all that shows of a scene, or, as often, of a random part of it; hats and accessories always."""
+    shown, rng = visible(labels), generator("retold", seed)
+    share = min(1.0, 2 * rng.random())
+    said = {name: shown[name] for name in WORDS if name in shown and rng.random() < share}
+    said |= {name: shown[name] for name in ("hat", "accessory") if name in shown}
+    if "clothing" not in said and shown.get("clothing") in SHIRT_BELOW:
+        said.pop("clothing_colour", None)
+    return caption(said, shown["style"], seed)
 
 
 def visible(labels: np.ndarray) -> dict[str, str]:

@@ -40,9 +40,10 @@ def train_recogniser(
     drawn: pictures.Pictures,
     config: SmallResNetConfig = RECOGNISER,
     budget: Budget = RECOGNISER_BUDGET,
+    softest: float = 8.0,
     seed: int = 3,
 ) -> dict[str, Array]:
-    """Arrays of `small_resnet` whose outputs point alike for pictures of one person.
+    """Arrays of `small_resnet` whose outputs point alike for pictures of one person, one in three from a smaller one.
 
     The centre that ArcFace's loss gives a person is the sum of one vector for each of their looks: people who share
     their hair teach the network of it together, where a centre of one's own would be learned from eight pictures.
@@ -57,14 +58,15 @@ def train_recogniser(
     def batch_at(step: int) -> Batch:
         rng = np.random.default_rng((seed, step))
         chosen = rows(seed, step, budget.batch_size, len(crops))
-        return {"crops": np.stack([disturbed(crops[i], rng) for i in chosen]), "person": classes[chosen]}
+        return {"crops": np.stack([disturbed(crops[i], rng, softest) for i in chosen]), "person": classes[chosen]}
 
     key = jax.random.key(seed)
     arrays: dict[str, Any] = {
         "network": small_resnet.initial(config, key),
         "looks": jax.random.normal(key, (int(starts[-1]), config.outputs)),
     }
-    return fit(arrays, partial(arcface_loss, config, look_ids), batch_at, budget, folder)["network"]
+    loss = partial(arcface_loss, config, look_ids)
+    return fit(arrays, loss, batch_at, budget, folder, over=drawn.fingerprint)["network"]
 
 
 def aligned_crops(drawn: pictures.Pictures) -> np.ndarray:
@@ -77,13 +79,13 @@ def aligned_crops(drawn: pictures.Pictures) -> np.ndarray:
     )
 
 
-def disturbed(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shifted by a detector's error, brighter or darker, one in three from a smaller picture."""
+def disturbed(crop: np.ndarray, rng: np.random.Generator, softest: float) -> np.ndarray:
+    """Shifted by a detector's error, brighter or darker, one in three from a smaller picture, down to 1 / `softest`."""
     y, x = rng.integers(2 * _SHIFT + 1, size=2)
     size = crop.shape[0] - 2 * _SHIFT
     crop = crop[y : y + size, x : x + size]
     if rng.random() < 0.33:
-        crop = softened(crop, int(size / rng.uniform(1.3, 8)))
+        crop = softened(crop, int(size / rng.uniform(1.3, softest)))
     return np.clip(crop * rng.uniform(0.85, 1.15), 0, 255).astype(np.uint8)
 
 
@@ -131,7 +133,8 @@ def train_detector(folder: Path, drawn: pictures.Pictures, budget: Budget = DETE
             "points": np.stack([points for _, points in shown]).astype(np.float32),
         }
 
-    return fit(small_resnet.initial(DETECTOR, jax.random.key(4)), detector_loss, batch_at, budget, folder)
+    arrays = small_resnet.initial(DETECTOR, jax.random.key(4))
+    return fit(arrays, detector_loss, batch_at, budget, folder, over=drawn.fingerprint)
 
 
 def _placed(image: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

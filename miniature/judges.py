@@ -16,7 +16,7 @@ from infinite_id_jax.faces import small_resnet
 from infinite_id_jax.faces.small_resnet import SmallResNetConfig
 from infinite_id_jax.images import softened
 from infinite_id_jax.typing import Array
-from miniature import pictures
+from miniature import faces, pictures
 from miniature.fit import Batch, Budget, fit, rows
 
 ATTRIBUTES = SmallResNetConfig(
@@ -24,6 +24,8 @@ ATTRIBUTES = SmallResNetConfig(
 )
 RECOGNISER = SmallResNetConfig(size=96, widths=(64, 80, 112), outputs=96)
 BUDGET = Budget(steps=3000, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
+_EXPRESSION = 3.0
+RECOGNISER_BUDGET = Budget(steps=1600, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
 
 
 def train_attributes(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> dict[str, Array]:
@@ -36,7 +38,7 @@ def train_attributes(folder: Path, drawn: pictures.Pictures, budget: Budget = BU
         return {"images": np.stack(images), "labels": drawn.labels[chosen].astype(np.int32)}
 
     arrays = small_resnet.initial(ATTRIBUTES, jax.random.key(5))
-    return fit(arrays, attribute_loss, batch_at, budget, folder)
+    return fit(arrays, attribute_loss, batch_at, budget, folder, over=drawn.fingerprint)
 
 
 def _disturbed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -50,7 +52,7 @@ def _disturbed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def attribute_loss(arrays: dict[str, Array], batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy over attributes, of the pictures that show them."""
+    """Mean cross-entropy over attributes, of the pictures that show them; expressions, the smallest, weigh more."""
     del key
     logits = split(small_resnet.apply(ATTRIBUTES, arrays, batch["images"]))
     losses, right = [], {}
@@ -58,9 +60,15 @@ def attribute_loss(arrays: dict[str, Array], batch: Mapping[str, Array], key: Ar
         label = batch["labels"][:, place]
         shown = label >= 0
         chosen = jnp.take_along_axis(jax.nn.log_softmax(one), jnp.maximum(label, 0)[:, None], 1)[:, 0]
-        losses.append(-jnp.where(shown, chosen, 0).sum() / jnp.maximum(shown.sum(), 1))
+        weight = _EXPRESSION if name == "expression" else 1.0
+        losses.append(-weight * jnp.where(shown, chosen, 0).sum() / jnp.maximum(shown.sum(), 1))
         right[name] = jnp.where(shown, jnp.argmax(one, 1) == label, False).sum() / jnp.maximum(shown.sum(), 1)
     return jnp.mean(jnp.stack(losses)), right
+
+
+def train_recogniser(folder: Path, drawn: pictures.Pictures, budget: Budget = RECOGNISER_BUDGET) -> dict[str, Array]:
+    """The judging recogniser, who sees no picture of an eighth of the size: what it judges is drawn whole."""
+    return faces.train_recogniser(folder, drawn, RECOGNISER, budget, softest=1.6, seed=13)
 
 
 def split(outputs: Array) -> dict[str, Array]:

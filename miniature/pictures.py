@@ -8,6 +8,7 @@ drawing goes on with the shards that are missing.
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -45,7 +46,7 @@ SETS = {
     "base": PictureSet("train", "base", 48 * SHARD),
     "identity": PictureSet("train", "identity", 40 * SHARD, photos=8),
     "base-test": PictureSet("test", "base", 2 * SHARD),
-    "identity-test": PictureSet("test", "identity", 2 * SHARD, photos=8),
+    "identity-test": PictureSet("test", "identity", 2 * SHARD, photos=8, first=2000),
     # For those that judge, of people whom the others do not see together with another picture of them.
     "judge": PictureSet("train", "base", 32 * SHARD, photos=8, first=6 * SHARD, seed=10**6),
 }
@@ -61,6 +62,11 @@ class Pictures(NamedTuple):
     labels: Int[np.ndarray, "n attributes"]
     keypoints: Float[np.ndarray, "n 5 2"]
 
+    @property
+    def fingerprint(self) -> str:
+        """Another for pictures that were drawn otherwise, which the first ones tell."""
+        return hashlib.sha256(self.images[:8].tobytes() + self.labels[:8].tobytes()).hexdigest()[:16]
+
 
 def read(folder: Path, name: str) -> Pictures:
     """The set `name` below `folder`, its images mapped into memory: several trainings share them.
@@ -71,7 +77,7 @@ def read(folder: Path, name: str) -> Pictures:
     if not all(path.is_file() for path in paths):
         raise InputError(f"{folder / name} is not whole: run `python -m miniature.pictures {folder}`.")
     together = folder / name / "images.npy"
-    if not together.is_file():
+    if not together.is_file() or together.stat().st_mtime < max(path.stat().st_mtime for path in paths):
         with replacing(together) as beside:
             shape = (SETS[name].size, SIZE, SIZE, 3)
             images = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)

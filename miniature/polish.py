@@ -4,6 +4,7 @@ A critic of patches learns to tell decoded pieces from drawn ones, the decoder t
 Sec. 3.1). The encoder, and so every latent, stays as it is.
 """
 
+import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,9 @@ def polish(folder: Path, model: AutoencoderKL, drawn: pictures.Pictures, budget:
         return vae.difference(again, image) + _WEIGHT * passes + told_drawn + told_decoded, figures
 
     arrays = {"decoder": decoder, "critic": initial_critic(jax.random.key(20))}
+    over = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(rest))).hexdigest()[:16]
     batch_at = partial(vae.pieces, drawn, budget.batch_size, 21)
-    return nnx.merge(graph, fit(arrays, loss, batch_at, budget, folder)["decoder"], rest)
+    return nnx.merge(graph, fit(arrays, loss, batch_at, budget, folder, over=over)["decoder"], rest)
 
 
 def _is_decoder(path: tuple[Any, ...], _: Any) -> bool:

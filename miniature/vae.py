@@ -35,7 +35,7 @@ _HALVED = 0.25  # weight of latents of half the size, which are to show the pict
 def train(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> AutoencoderKL:
     """The autoencoder; the `scaling_factor` of its latents is not yet known."""
     batch_at = partial(pieces, drawn, budget.batch_size, 0)
-    return fit_module(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)), loss, batch_at, budget, folder)
+    return fit_module(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0)), loss, batch_at, budget, folder, over=drawn.fingerprint)
 
 
 def pieces(drawn: pictures.Pictures, count: int, seed: int, step: int) -> Batch:

@@ -15,7 +15,6 @@ from data_pipeline.avatar_captions import PROMPTS, caption
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.evaluation.world import Person, Pictures, Prompt, Seen
 from infinite_id_jax.faces import small_resnet
-from infinite_id_jax.faces.align import clip_crop
 from infinite_id_jax.faces.miniature import MiniatureFaces, aligned, network
 from infinite_id_jax.files import fingerprint
 from infinite_id_jax.identity.features import unit
@@ -115,7 +114,7 @@ class MiniatureWorld:
         ]
         size = clip.JUDGE_VISION.image_size
         heads = [
-            clip_crop(image, faces[0], size) if faces else np.zeros((size, size, 3), np.uint8)
+            clip.face_crop(image, faces[0].keypoints, size) if faces else np.zeros((size, size, 3), np.uint8)
             for image, faces in zip(padded, found, strict=True)
         ]
         face = np.array(unit(self._recogniser(np.stack(crops))))

@@ -190,7 +190,7 @@ def test_files_that_say_nothing(tmp_path, name, text, says):
 
 
 def test_the_published_values():
-    """METHOD rows 1, 4, 22, 24: the paper's Sec. 4.1."""
+    """Decisions 1, 4, 22, 24: the paper's Sec. 4.1."""
     config = load_config(PUBLISHED)
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.warmup_steps) == (
         1e-4,
@@ -301,7 +301,7 @@ def test_gradient_of_a_strided_convolution():
 
 @pytest.mark.parametrize(("pixels", "tflop"), [(1024, 6.761), (512, 1.59)])
 def test_operations_of_sdxl(pixels, tflop):
-    """METHOD 2."""
+    """Those of SDXL 1.0."""
     graph, state = nnx.split(abstract(lambda rngs: UNet2DConditionModel(SDXL, rngs=rngs)))
     assert unet_flops(graph, state, 1, pixels // 8, pixels // 8) == pytest.approx(tflop * 1e12, rel=0.002)
 
@@ -325,12 +325,17 @@ def figure(report: str, name: str) -> float:
     return float(line.removeprefix(name).split()[0].replace(",", ""))
 
 
+def test_a_dry_run_says_how_it_counts_devices_that_are_not_named(capsys):
+    assert train.main(["--config", "configs/debug.py", "--dry-run", "--set", "run.mesh=data=-1"]) == 0
+    assert "tensor 1\n-1 is counted as one device" in capsys.readouterr().out
+
+
 def test_the_published_step_without_its_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--config", str(PUBLISHED), "--dry-run", "--set", "run.mesh=data=2,fsdp=8"]) == 0
     report = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    assert "64 rows of 1024 px on data 2, fsdp 8, tensor 1" in report
+    assert "64 rows of 1024 px on data 2, fsdp 8, tensor 1\n" in report
     assert figure(report, "base parameters") == 2_567_463_684
     layers = 10 * 640 + 60 * 1280  # cross-attentions at each width
     mappers = (1664 + 1) * 1664 + (1664 + 1) * 2048 + (512 + 1) * 1024 + (1024 + 1) * 2048 + 4 * 2048

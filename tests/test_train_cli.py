@@ -201,6 +201,17 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "module", "extra"),
+    [("run.wandb=project", "wandb", "wandb"), ("run.tensorboard=True", "tensorboardX", "tensorboard")],
+)
+def test_a_missing_extra_is_known_before_anything_is_made(tmp_path, monkeypatch, capsys, setting, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run(tmp_path, [], "--set", setting) == 2
+    assert f".[{extra}]" in capsys.readouterr().err
+    assert not (tmp_path / "inputs").exists()
+
+
 def test_the_ablation_in_half_precision_with_all_that_is_optional(inputs, tmp_path):
     options = ["model.dtype=bfloat16", "method.entangled=True", "method.min_snr_gamma=5", "method.remat=all"]
     options += ["optimizer.accumulate=2", "optimizer.warmup_steps=2", "optimizer.max_grad_norm=1"]

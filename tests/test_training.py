@@ -125,7 +125,7 @@ def run() -> Run:
 
 
 def test_projections_start_as_the_bases(run):
-    """METHOD row 23, in the order of the files: the up block's come before the middle's."""
+    """Decision 23, in the order of the files: the up block's come before the middle's."""
     blocks = {key.split(".")[1]: key for key in run.states[0].adapter if key.endswith("to_k_ip.weight")}
     assert sorted(map(int, blocks)) == [1, 3, 5, 7]
     flat = {path: x[...] for path, x in nnx.to_flat_state(run.frozen.unet)}
@@ -216,7 +216,7 @@ def without_identity(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def test_a_dropped_identity_is_the_mappers_on_zeros(losses):
-    """METHOD row 11: row by row, of both parts of the identity."""
+    """Decision 11: row by row, of both parts of the identity."""
     batch, odd = batch_of(5), np.arange(ROWS) % 2 == 1
     none, everyone = losses(without_identity(batch), True), losses(batch, True)
     assert np.abs(none / everyone - 1).min() > 1e-4  # the identity matters in each row; measured: 1e-3

@@ -69,8 +69,8 @@ def _identity_bars(study: StudyConfig, rows: Sequence[Row], baselines: Mapping[s
     own = [row for row in rows if row["method"] == method.name]
     if not own:
         return []
-    scores, second = as_scores(own), "m_face_impostor_95"
-    claim = Claim(f"{method.title}: M_Face is above that of 95% of pairs of people", "m_face", method.name, second)
+    scores, second = as_scores(own), "m_face_bar"
+    claim = Claim(f"{method.title}: M_Face is above that of 95% of pairs of two people", "m_face", method.name, second)
     entry = _entry(claim, _above(scores, "m_face", baselines[second]))
     entry["no_face_zero"] = list(_above(scores, WHERE_NO_FACE_IS_ZERO, baselines[second]))
     found = [entry]
@@ -110,10 +110,10 @@ def _between_bars(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     for metric, way in ways.items() if steps else ():
         claim = Claim(f"Most steps of an interpolation lead {way}", metric, INTERPOLATION, "chance", prompts="photo")
         found.append(_entry(claim, above(steps[metric], 0.5)))
-    bars = {"m_face_impostor_mean": "two people are on average", "m_face_impostor_95": "95% of pairs of two people are"}
     for end in ("first", "second") if mixed else ():
-        for second, than in bars.items():
-            text = f"Two people as one are more like the {end} than {than}"
-            claim = Claim(text, f"to_{end}", MIXING, second, prompts="photo")
-            found.append(_entry(claim, above(mixed[f"to_{end}"], content["baselines"][second])))
+        text = f"Two people as one are more like the {end} than like others"
+        found.append(_entry(Claim(text, f"lead_{end}", MIXING, "others", prompts="photo"), mixed[f"lead_{end}"]))
+        text = f"Two people as one are more like the {end} than 95% of pairs of two people are"
+        claim = Claim(text, f"to_{end}", MIXING, "m_face_bar", prompts="photo")
+        found.append(_entry(claim, above(mixed[f"to_{end}"], content["baselines"]["m_face_bar"])))
     return found

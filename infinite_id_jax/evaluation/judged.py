@@ -31,7 +31,9 @@ class Results(NamedTuple):
     prompts: list[Prompt]
     photos: Seen  # of everybody's given photo
     others: Seen  # of everybody's other photos, one person after the other
-    chance: dict[str, float]
+    chance: dict[str, float]  # of guessing what a person looks like
+    asked: dict[str, float]  # of guessing what the prompts ask for
+    asked_of_base: dict[str, float]  # and those of the base alone
     judges: dict[str, float]  # accuracy on pictures that the world drew itself
     judged_by: Mapping[str, str]  # World.judges
 
@@ -44,6 +46,7 @@ class Judged:
         self.world, self.people, self.prompts, self.folder = world, people, prompts, folder
         self._group = group
         self._texts = world.judge_texts([prompt.text for prompt in prompts])
+        self._base_prompts: list[Prompt] = []
         self._scored: list[tuple[str, int]] = []
         self._others: list[tuple[str, int]] = []
 
@@ -115,8 +118,9 @@ class Judged:
         return int(np.argmax(np.nan_to_num(pairwise_cosine(face[None], self.seen_photos.face)[0], nan=-2.0)))
 
     def base(self, count: int, draw: Callable[[Sequence[Prompt], int], Pictures], batch: int = 50) -> None:
-        """Score the base alone on `count` prompts that say everything."""
+        """Score the base alone on `count` prompts that say all, and its judge on the world's own pictures of them."""
         prompts = self.world.random_prompts(count)
+        self._base_prompts = prompts
         for start in tqdm(range(0, count, batch), "base", unit="batch"):
             some = prompts[start : start + batch]
             path = self._path(BASE, start)
@@ -125,10 +129,14 @@ class Judged:
                 continue
             images = draw(some, start)
             seen = self.world.judge(images)
+            people = [self.people[(start + i) % len(self.people)] for i in range(len(some))]
+            drawn = np.stack([self.world.drawn(*each) for each in zip(people, some, strict=True)])
+            judged = self.world.judge(drawn)
             rows = []
             for i, prompt in enumerate(some):
-                asked = self.world.asked(prompt)
+                asked, shown = self.world.asked(prompt), self.world.expected(people[i], prompt)[0]
                 right = {f"prompted_{key}": float(seen.attributes[key][i] == value) for key, value in asked.items()}
+                right |= {f"drawn_{key}": float(judged.attributes[key][i] == value) for key, value in shown.items()}
                 file = f"images/{BASE}/{start + i:04}.png"
                 save_png(Image.fromarray(images[i]), self.folder / file, {"prompt": prompt.text})
                 rows.append({"text": prompt.text, "style": prompt.style, "file": file, "index": start + i, **right})
@@ -165,10 +173,12 @@ class Judged:
             near = [
                 float(cosine(seen.face[k : k + 1], self.seen_photos.face[i : i + 1])[0]) for i in (first, first + 1)
             ]
-            to_first, to_second = (None if np.isnan(value) else value for value in near)
+            rest = np.delete(pairwise_cosine(seen.face[k : k + 1], self.seen_photos.face)[0], [first, first + 1])
+            near.append(float(np.mean(rest[~np.isnan(rest)])) if len(rest) else np.nan)
+            to_first, to_second, to_others = (None if np.isnan(value) else value for value in near)
             file = f"images/{name}/prompt{p:02}/{one}-{other}-{k}.png"
             row = {"first": one, "second": other, "prompt": p, "weight": weight, "file": file}
-            rows.append({**row, "to_first": to_first, "to_second": to_second})
+            rows.append({**row, "to_first": to_first, "to_second": to_second, "to_others": to_others})
         return rows
 
     def results(self) -> Results:
@@ -188,6 +198,8 @@ class Judged:
             photos=self.seen_photos,
             others=self.world.judge(np.concatenate([person.others for person in self.people])),
             chance=self.world.chance(),
+            asked=_guessed([self.world.asked(prompt) for prompt in self.prompts]),
+            asked_of_base=_guessed([self.world.asked(prompt) for prompt in self._base_prompts]),
             judged_by=self.world.judges,
             judges=_judges([row for row in rows if row["method"] == DRAWN]),
         )
@@ -208,6 +220,12 @@ class Judged:
     def _arrays(self, name: str, number: int) -> dict[str, np.ndarray]:
         with np.load(self._path(name, number).with_suffix(".npz")) as file:
             return {key: file[key].astype(np.float32) for key in file.files}
+
+
+def _guessed(asked: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """How often the most frequent answer is right, by attribute."""
+    values = {name: [each[name] for each in asked if name in each] for each in asked for name in each}
+    return {name: max(map(each.count, set(each))) / len(each) for name, each in values.items()}
 
 
 def _save_plain(image: np.ndarray, path: Path) -> None:

@@ -63,8 +63,8 @@ def report_of(study: StudyConfig, results: Results, rows: Rows, content: Mapping
 _CLAIMS = (
     "Each difference is paired over people. People of one group share noise, so an interval comes of drawing groups "
     "anew, the same for both sides; of interpolations and mixtures, pairs; of the base alone, pictures. A bar is taken "
-    "as known. A claim is confirmed where the whole 95% interval lies on its side of the bound, contradicted where on "
-    "the other."
+    "as known, and the prompts are those of this study: an interval says nothing of others. A claim is confirmed where "
+    "the whole 95% interval lies on its side of the bound, contradicted where on the other."
 )
 _METHODS = (
     "Means over pictures with 95% intervals over groups of people who share noise. M_Face and CLIP-I are cosines with "
@@ -122,10 +122,11 @@ def _baselines(content: Mapping[str, Any]) -> list[Block]:
         ["Rank 1 of the judge among these people", found["judge_rank_1"]],
         ["Faces found in photos", found["detection_rate_photos"]],
     ]
+    guessing = {"prompted": found["chance_prompted"], "identity": found["chance"]}
     attributes = [
         [
-            name.partition("_")[2],
-            found["chance"][name.partition("_")[2]],
+            name.replace("_", " ", 1),
+            guessing[name.partition("_")[0]][name.partition("_")[2]],
             accuracy,
             content["methods"][first].get(name, ""),
             _half(found, name),
@@ -141,10 +142,13 @@ def _half(found: Mapping[str, Any], name: str) -> float | str:
 
 
 def _base(content: Mapping[str, Any]) -> Table:
-    base, chance = content["base"], content["baselines"]["chance"]
-    names = {column: column.partition("_")[2] for column in base["attributes"]}
-    rows = [[names[column], estimate, chance[names[column]]] for column, estimate in base["attributes"].items()]
-    return Table(["Prompted attribute", "accuracy", "guessing"], [["mean", base["mean"], ""], *rows] if rows else [])
+    base = content["base"]
+    rows = [
+        [column.partition("_")[2], estimate, base["judge"][column], base["chance"][column]]
+        for column, estimate in base["attributes"].items()
+    ]
+    header = ["Prompted attribute", "accuracy", "judge on drawn pictures", "guessing"]
+    return Table(header, [["mean", base["mean"], "", ""], *rows] if rows else [])
 
 
 def _drawn(study: StudyConfig, rows: Rows) -> list[str]:

@@ -12,7 +12,7 @@ from infinite_id_jax.evaluation.judged import Results
 from infinite_id_jax.evaluation.metrics import Estimate
 from infinite_id_jax.evaluation.study import REFERENCE, TEXT_ONLY, StudyConfig
 
-_IDENTITY, _PROMPTED = "identity_", "prompted_"
+_IDENTITY, _PROMPTED, _DRAWN = "identity_", "prompted_", "drawn_"
 
 
 def write_results(study: StudyConfig, results: Results, folder: Path) -> list[Path]:
@@ -137,17 +137,20 @@ def baselines(study: StudyConfig, results: Results, rows: Sequence[Mapping[str, 
         different[name] = cosines[~np.isnan(cosines)]
     rank = np.argmax(np.nan_to_num(metrics.pairwise_cosine(others.face, photos.face), nan=-1.0), axis=1)
     right = (rank == np.repeat(np.arange(len(names)), count)).astype(np.float64)
+    cross = _cross_impostors(results, rows, study.methods[0].name)
     return {
         "m_face_genuine": same["face"],
         "m_face_impostor_mean": _mean(different["face"]),
         "m_face_impostor_95": _bar(different["face"]),
-        "m_face_cross_impostor_95": _cross_impostors(results, rows, study.methods[0].name),
+        "m_face_cross_impostor_95": cross,
+        "m_face_bar": _highest([_bar(different["face"]), *cross.values()]),
         "clip_i_genuine": same["clip_face"],
         "clip_i_impostor_mean": _mean(different["clip_face"]),
         "judge_rank_1": metrics.interval(right, np.repeat(names, count)),
         "detection_rate_photos": float(others.found.mean()),
         "judges": results.judges,
         "chance": results.chance,
+        "chance_prompted": results.asked,
         "half_way": {
             name: metrics.half_way(results.chance[name.removeprefix(_IDENTITY)], accuracy)
             for name, accuracy in results.judges.items()
@@ -162,6 +165,10 @@ def _mean(values: np.ndarray) -> float:
 
 def _bar(impostors: np.ndarray) -> float:
     return metrics.impostor_bar(impostors) if len(impostors) else float("nan")
+
+
+def _highest(bars: Sequence[float]) -> float:
+    return max((bar for bar in bars if not np.isnan(bar)), default=float("nan"))
 
 
 def _cross_impostors(results: Results, rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
@@ -189,13 +196,24 @@ def base_table(results: Results) -> dict[str, Any]:
         table[name] = metrics.interval(values, np.arange(len(values)))
     every = [(row[name], i) for i, row in enumerate(results.base) for name in columns if row.get(name) is not None]
     values, pictures = np.array(every, np.float64).reshape(-1, 2).T
-    return {"mean": metrics.interval(values, pictures), "least": _least(table), "attributes": table}
+    return {
+        "mean": metrics.interval(values, pictures),
+        "least": _least(table),
+        "attributes": table,
+        "judge": {name: _share(results.base, name.replace(_PROMPTED, _DRAWN)) for name in columns},
+        "chance": {name: results.asked_of_base[name.removeprefix(_PROMPTED)] for name in columns},
+    }
+
+
+def _share(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return float(np.mean(values)) if values else float("nan")
 
 
 def _least(table: Mapping[str, Estimate]) -> list[Any] | None:
     if not table:
         return None
-    name = min(table, key=lambda key: table[key].value)
+    name = min(table, key=lambda key: table[key].low)  # few pictures ask for some: what may be least is told by its end
     return [name, *table[name]]
 
 
@@ -222,12 +240,14 @@ def interpolation_table(results: Results) -> dict[str, Any]:
 
 
 def mixing_table(results: Results) -> dict[str, Estimate]:
-    """Similarity of two people as one to each of them."""
+    """Similarity of two people as one to each of them, and how much more than to everybody else on average."""
     if not results.mixtures:
         return {}
     pairs = np.array([row["first"] for row in results.mixtures])
     columns = {
         name: np.array([np.nan if row[name] is None else row[name] for row in results.mixtures], np.float64)
-        for name in ("to_first", "to_second")
+        for name in ("to_first", "to_second", "to_others")
     }
+    others = columns.pop("to_others")
+    columns |= {name.replace("to_", "lead_"): values - others for name, values in columns.items()}
     return {name: metrics.interval(values, pairs) for name, values in columns.items()}

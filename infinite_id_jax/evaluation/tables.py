@@ -48,7 +48,7 @@ def of_kind(rows: Iterable[Row], prompts: str) -> list[Row]:
 
 
 def with_zero_for_no_face(rows: Iterable[Row]) -> list[Row]:
-    """Adds the similarity that counts 0 where no face was found (METHOD section 5)."""
+    """Adds the similarity that counts 0 where no face was found."""
     return [
         {**row, WHERE_NO_FACE_IS_ZERO: 0.0 if row["m_face"] is None else row["m_face"]} if "m_face" in row else row
         for row in rows

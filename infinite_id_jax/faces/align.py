@@ -105,7 +105,7 @@ def clip_crop(photo: Photo, face: Face, size: int = 224) -> Crop:
     eyes, mouth = (left_eye + right_eye) / 2, (left_mouth + right_mouth) / 2
     across, down = right_eye - left_eye, mouth - eyes
     direction = across + down / 1j  # the way down the face, turned a quarter, points across it
-    half_side = max(HEAD_PER_EYE_DISTANCE * abs(across), HEAD_PER_EYE_TO_MOUTH * abs(down))
+    half_side = face.head * max(HEAD_PER_EYE_DISTANCE * abs(across), HEAD_PER_EYE_TO_MOUTH * abs(down))
     if not (abs(direction) > 1e-4 and half_side > 1e-4):
         raise InputError("The points of the face coincide: give a photo in which the face is larger.")
     axis = half_side * direction / abs(direction)

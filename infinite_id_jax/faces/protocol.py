@@ -24,6 +24,7 @@ class Face:
     box: tuple[float, float, float, float]  # x0, y0, x1, y1
     score: float
     keypoints: Keypoints
+    head: float = 1.0  # how large the head is beside its points, of a photograph's
 
     @property
     def area(self) -> float:

@@ -133,7 +133,7 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig(EncoderConfig):
-    """`adapter_config.json`: the shape of an adapter trained here (METHOD rows 1 to 4).
+    """`adapter_config.json`: the shape of an adapter trained here (decisions 1 to 4).
 
     `clip_hidden` and `face_hidden` are the mappers' inner widths; None stands for clip_dim and 2 face_dim.
     clip_mapper: one of CLIP_MAPPERS; a resampler reads CLIP's tokens into `resampler_queries`; without a mapper, or

@@ -26,7 +26,7 @@ class IdentityContext:
     single-stream sampling. `id_scale` is one number, or one for each layer in the order of files.
     """
 
-    text: Tokens | None  # [B, L, C], all rows; None where no text is used at all (METHOD row 19)
+    text: Tokens | None  # [B, L, C], all rows; None where no text is used at all (decision 19)
     identity: Float[Array, "*rows K C"]
     id_scale: Scalar | Float[Array | np.ndarray, " layers"] = 1.0
     text_scale: Scalar = 1.0

@@ -18,7 +18,7 @@ from infinite_id_jax.typing import Array, Float
 
 
 class Mapper(nnx.Module):
-    """Linear, GELU, Linear to `tokens` tokens of width `dim`, LayerNorm per token (METHOD rows 3 and 4)."""
+    """Linear, GELU, Linear to `tokens` tokens of width `dim`, LayerNorm per token (decisions 3 and 4)."""
 
     def __init__(self, dim_in: int, hidden: int, dim: int, tokens: int, *, rngs: nnx.Rngs):
         self.tokens = tokens

@@ -28,7 +28,7 @@ class FaceIDConfig(PublishedConfig):
 
 
 class FaceIDEncoder(nnx.Module):
-    """METHOD row 4's mapper."""
+    """Decision 4's mapper."""
 
     def __init__(self, config: FaceIDConfig, *, rngs: nnx.Rngs):
         self.mapper = Mapper(config.face_dim, config.hidden, config.cross_attention_dim, config.tokens, rngs=rngs)

@@ -65,7 +65,7 @@ class Needs:
         return FaceFeatures(**{name: _checked(name, getattr(features, name), form) for name, form in fields.items()})
 
     def nobody(self, person: FaceFeatures, empty: Any) -> FaceFeatures:
-        """What stands for no person beside `select`'s: zeros, or CLIP's answer to an image of zeros (METHOD row 11).
+        """What stands for no person beside `select`'s: zeros, or CLIP's answer to an image of zeros (decision 11).
 
         empty: that answer, [tokens, clip_dim], read where `empty_image` says so. Raises InputError as `select`.
         """
@@ -98,7 +98,7 @@ def _checked(name: str, values: Any, form: tuple[str | int, ...]) -> np.ndarray:
 
 
 def unit(embedding: Array) -> Array:
-    """A face embedding of length 1, computed in fp32; zeros stay zeros: they are nobody (METHOD row 11)."""
+    """A face embedding of length 1, computed in fp32; zeros stay zeros: they are nobody (decision 11)."""
     wide = embedding.astype(jnp.float32)
     length = jnp.linalg.norm(wide, axis=-1, keepdims=True)
     return (wide / jnp.maximum(length, 1e-12)).astype(embedding.dtype)

@@ -147,7 +147,7 @@ def mix_streams(unet: UNet2DConditionModel, layout: Layout, switches: Switches, 
 
 
 def initialise_from_base(adapter: IdentityAdapter, unet: UNet2DConditionModel) -> None:
-    """Start every identity projection as a copy of the frozen `to_k` and `to_v` (METHOD row 23)."""
+    """Start every identity projection as a copy of the frozen `to_k` and `to_v` (decision 23)."""
     for block, projection in zip(transformer_blocks(unet, "files"), adapter.ip_adapter, strict=True):
         projection.to_k_ip.kernel[...] = block.attn2.to_k.kernel[...]
         projection.to_v_ip.kernel[...] = block.attn2.to_v.kernel[...]

@@ -1,4 +1,4 @@
-"""What published adapters have in common: they were trained with the text switched on (METHOD section 3)."""
+"""What published adapters have in common: they were trained with the text switched on (docs/interop.md)."""
 
 import dataclasses
 from typing import Any, ClassVar

@@ -1,7 +1,7 @@
 """The two streams as rows of one batch, so that one U-Net call serves both.
 
 One guidance half holds T text rows and then T x R identity rows, R for each text row, text-row-major; the
-unconditional half comes before the conditional one (METHOD rows 7 to 10): [text_u, id_u, text_c, id_c].
+unconditional half comes before the conditional one (decisions 7 to 10): [text_u, id_u, text_c, id_c].
 """
 
 import dataclasses

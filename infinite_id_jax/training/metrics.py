@@ -3,6 +3,7 @@
 import csv
 import datetime
 import hashlib
+import importlib.util
 import sys
 import time
 from collections import deque
@@ -55,14 +56,20 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and None not in row.values()]
 
 
+def check_extras(*, tensorboard: bool, wandb: str | None) -> None:
+    """Raises MissingExtraError where what these writers need is not installed, before anything is loaded."""
+    if tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise MissingExtraError("TensorBoard (run.tensorboard)", "tensorboard")
+    if wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise MissingExtraError("Weights & Biases (run.wandb)", "wandb")
+
+
 class TensorBoard:
-    """The same rows as event files. Raises MissingExtraError without the extra `tensorboard`."""
+    """The same rows as event files."""
 
     def __init__(self, folder: Path, step: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("TensorBoard", "tensorboard") from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -76,10 +83,8 @@ class WeightsAndBiases:
     """The same rows to a wandb project, which the user must have asked for: it calls the network."""
 
     def __init__(self, project: str, folder: Path):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise MissingExtraError("Weights & Biases", "wandb") from None
+        import wandb  # pyright: ignore[reportMissingImports]
+
         place = str(folder.absolute())  # by which a resumed run finds its own
         run_id = hashlib.sha256(place.encode()).hexdigest()[:16]
         self._run = wandb.init(project=project, name=folder.name, id=run_id, dir=place, resume="allow")

@@ -29,7 +29,7 @@ device, clip_crop [B, s, s, 3] in 0..255. The entangled ablation adds input_ids 
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
-    """What METHOD rows 19 to 22 leave open. Raises InputError for a value out of range."""
+    """Decisions 19 to 22. Raises InputError for a value out of range."""
 
     entangled: bool = False  # text-image pairs with the text term active (row 20): give the text encoders
     identity_drop: float = 0.1  # share of rows trained on the unconditional identity (rows 11 and 22); see `draw`
@@ -147,7 +147,7 @@ def hidden_states(objective: Objective, frozen: Frozen, batch: Batch) -> Float[A
 
 
 def _text(objective: Objective, frozen: Frozen, batch: Batch, keep: Array) -> tuple[Array | None, Array]:
-    """Text tokens and pooled text: none and zeros (METHOD rows 19, 21), or the caption's, if kept, where entangled."""
+    """Text tokens and pooled text: none and zeros (decisions 19, 21), or the caption's, if kept, where entangled."""
     if objective.text is not None and frozen.text is not None:
         first, second = zip(objective.text, frozen.text, strict=True)
         tokens, pooled = conditioning.encode_text(first, second, batch["input_ids"], batch["input_ids_2"])

@@ -21,7 +21,7 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (METHOD row 24) and what stands around it.
+    """AdamW (decision 24) and what stands around it.
 
     Raises InputError for a value out of range.
     """
