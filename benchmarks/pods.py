@@ -45,7 +45,7 @@ class Target(NamedTuple):
     chips: int
     memory_gb: float  # GiB of a chip
     peak_tflops: float  # bfloat16, dense
-    link_gb_s: float  # that a chip sends to others, at the slowest link of a ring through all of them
+    link_gb_s: float  # that a chip sends to others: TPUs over all of their links, GPUs over the slowest of a ring's
 
     @property
     def memory_bytes(self) -> float:

@@ -138,8 +138,7 @@ def peer_step(run: Run, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     def step() -> Any:
         x_0 = 0.13025 * (mean + std * torch.randn_like(mean))
         eps, t = torch.randn_like(x_0), torch.randint(0, 1000, (rows,), device=place)
-        tokens = [adapter.tokens({name: x[i] for name, x in people.items()}) for i in range(rows)]
-        c_id[0] = torch.stack(tokens).to(dtype)
+        c_id[0] = torch.vmap(adapter.tokens)(people).to(dtype)
         added = {"text_embeds": pooled, "time_ids": on_device["time_ids"].to(dtype)}
         prediction = unet(scheduler.add_noise(x_0, eps, t), t, unread, added_cond_kwargs=added).sample
         loss = F.mse_loss(prediction.float(), eps.float())

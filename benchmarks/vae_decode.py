@@ -24,14 +24,14 @@ def cases(run: Run) -> Iterator[Case]:
     folder, x = models.write(run), models.latents(run, 1)
     graph, state = nnx.split(load_vae(folder / "model", read_settings(folder / "model"), dtype=run.dtype))
     theirs = models.peer(run).vae
-    latents = jax.numpy.asarray(x, run.dtype)
+    latents, their_latents = jax.numpy.asarray(x, run.dtype), models.to_torch(run, x)
 
     def decode(state: Any, latents: Any) -> jax.Array:
         return nnx.merge(graph, state).decode(latents)
 
     def peer() -> np.ndarray:
         with models.inference():
-            return models.from_torch(theirs.decode(models.to_torch(run, x)).sample)
+            return models.from_torch(theirs.decode(their_latents).sample)
 
     compiled = jax.jit(decode).lower(state, latents).compile()
     yield Case(
