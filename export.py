@@ -128,7 +128,7 @@ def _is_base(path: Path) -> bool:
 
 def export_base(args: argparse.Namespace) -> int:
     """The whole base: a folder, or a folder with the single file in it."""
-    from infinite_id_jax.pipeline import DTYPES
+    from infinite_id_jax.conditioning import DTYPES
     from infinite_id_jax.weights.folder import load_tokenizers, read_settings
     from infinite_id_jax.weights.model_card import Facts, base_usage, model_card
     from infinite_id_jax.weights.save_base import fill_folder, write_single_file

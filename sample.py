@@ -56,12 +56,15 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"Dry run: no weights were loaded and nothing was written to {args.output_dir}.")
         return 0
-    folder.prepare(rows)
-    if args.save_aligned:
-        save_aligned(faces, Path(args.adapter), folder.path)
+    folder.probe()
+    pipe = None
     if todo:
         keep_compiled()
         pipe = load_pipeline(args, model)
+    folder.prepare(rows)  # now that nothing is left to be refused
+    if args.save_aligned:
+        save_aligned(faces, Path(args.adapter), folder.path)
+    if pipe is not None:
         draw(pipe, encode(pipe, args, faces), args, todo, folder)
     heads = _pictures(faces) if folder.columns == len(faces) else []
     print(f"Done: {', '.join(map(str, folder.finish(rows, heads)))}")
@@ -274,9 +277,12 @@ def draw(
     folder: "OutputFolder",
 ) -> None:
     """Sample in batches of equal size, so that one program serves all, and save each batch when it is done."""
+    import jax
     from tqdm import tqdm
 
     size = min(args.batch_size, len(rows))
+    # JAX keeps no compiled program that reports its steps: only where they take long are they worth it.
+    reports = jax.default_backend() == "cpu"
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     # XLA does not come back before a batch ends; in a thread of its own it lets this one hear Ctrl-C.
     worker = ThreadPoolExecutor(1)
@@ -288,7 +294,9 @@ def draw(
 
             padded = batch + batch[-1:] * (size - len(batch))
             prompts, seeds = [row.prompt for row in padded], [row.seed for row in padded]
-            out = worker.submit(pipe, prompts, identities, seed=seeds, progress=show, **method_options(args)).result()
+            options = {"seed": seeds, "progress": show if reports else None, **method_options(args)}
+            out = worker.submit(pipe, prompts, identities, **options).result()
+            show(args.steps)
             images = list(out.images or ())
             for p, row in enumerate(batch):
                 folder.save(row, images[p * len(identities) : (p + 1) * len(identities)])

@@ -18,7 +18,8 @@ def keep_compiled(folder: Path | None = None) -> None:
     """Let JAX keep what it compiles, so that the same run starts sooner the next time.
 
     In `folder`, or where caches of a user belong ($XDG_CACHE_HOME, ~/.cache). What the user told JAX about it stands
-    (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE); a folder that cannot be written is left alone.
+    (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE); a folder that cannot be written is left alone. JAX keeps
+    no program that calls back, such as one that reports its steps.
     """
     import jax
 

@@ -1,5 +1,6 @@
 """What goes into and comes out of the denoising loop: noise, text, faces, pixels. Each is one compiled function."""
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,9 +18,27 @@ from infinite_id_jax.stable_diffusion.kernels import divide_rows
 from infinite_id_jax.typing import Array, Float, Int, UInt
 
 MAX_SEED = 2**32 - 1
+DTYPES = ("float32", "bfloat16", "float16")
 
 Split = tuple[nnx.GraphDef, Any]
 """A module as `nnx.split` gives it: its structure, which is compiled in, and its arrays."""
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises InputError for a precision that is unknown, or that the device does not compute in."""
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
+    if dtype == "float16" and jax.default_backend() == "cpu":
+        raise InputError("float16 does not run on a CPU: take float32 or bfloat16.")
+
+
+def check_finite(numbers: np.ndarray) -> None:
+    """Raises InputError where a model left the range of its numbers: such an image would be black."""
+    if not np.isfinite(numbers).all():
+        raise InputError(
+            "The model gave numbers that are not finite: take the dtype bfloat16 or float32, and smaller scales of "
+            "adapter and LoRA."
+        )
 
 
 def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -47,12 +66,23 @@ def initial_noise(
         if np.shape(latents) != (count, *shape):
             raise InputError(f"latents have shape {list(np.shape(latents))}; {[count, *shape]} is needed.")
         return jnp.array(latents, jnp.float32, copy=True)
-    seeds = [seed + row for row in range(count)] if isinstance(seed, int | np.integer) else list(seed)
+    return seeded_noise(np.asarray(checked_seeds(seed, count), np.uint32), shape)
+
+
+def checked_seeds(seed: Any, count: int) -> list[int]:
+    """One for each of `count` rows, of one number or as many. Raises InputError for what is none or out of range."""
+    try:
+        if isinstance(seed, Sequence | np.ndarray):
+            seeds = [operator.index(each) for each in seed]
+        else:
+            seeds = [operator.index(seed) + row for row in range(count)]
+    except TypeError:
+        raise InputError(f"The seed is {seed!r}: give a whole number, or one for each prompt.") from None
     if len(seeds) != count:
         raise InputError(f"{len(seeds)} seeds for {count} prompts: give one number, or one for each prompt.")
     if not all(0 <= s <= MAX_SEED for s in seeds):
         raise InputError(f"Seeds lie between 0 and {MAX_SEED}: choose another than {seed}.")
-    return seeded_noise(np.asarray(seeds, np.uint32), shape)
+    return seeds
 
 
 def latent_shape(

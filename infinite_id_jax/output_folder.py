@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from infinite_id_jax.files import save_json
 from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_png, thumbnail, watermark
 
 _ROWS_PER_GRID = 40
-_IMAGES, _GRIDS, _MANIFEST = "prompt*-seed*-id*.png", "grid*.png", "manifest.json"
+_IMAGES, _GRID, _MANIFEST = "prompt*-seed*-id*.png", re.compile(r"grid(-\d+)?\.png"), "manifest.json"
+SOFTWARE = "infinite_id_jax"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class OutputFolder:
         overwritten.
         """
         self._check_place()
+        if not overwrite and (foreign := self._foreign()):
+            raise InputError(
+                f"{foreign[0]} was not written by this program: choose another --output-dir, or replace it with "
+                "--overwrite."
+            )
         others = self._of_other_runs(rows)
         if others and not overwrite:
             raise InputError(
@@ -60,6 +67,18 @@ class OutputFolder:
         Raises InputError if nothing can be written there.
         """
         names = {row.file(column) for row in rows for column in range(self.columns)} | {_MANIFEST}
+        self.probe()
+        try:
+            for stale in [*self._of_other_runs(rows), *self._ends()]:
+                stale.unlink(missing_ok=True)
+            for left in self.path.glob(".*.partial"):  # by a run that was killed
+                if left.name[1:].rsplit(".", 2)[0] in names:
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error.strerror) from None
+
+    def probe(self) -> None:
+        """Make the folder. Raises InputError if nothing can be written there."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
@@ -67,11 +86,6 @@ class OutputFolder:
                 probe.write_bytes(bytes(2**16))  # an empty file would fit on a full disk
             finally:
                 probe.unlink(missing_ok=True)
-            for stale in [*self._of_other_runs(rows), *self.path.glob(_GRIDS), self.path / _MANIFEST]:
-                stale.unlink(missing_ok=True)
-            for left in self.path.glob(".*.partial"):  # by a run that was killed
-                if left.name[1:].rsplit(".", 2)[0] in names:
-                    left.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error.strerror) from None
 
@@ -83,7 +97,7 @@ class OutputFolder:
                 "seed": str(row.seed),
                 "settings": _canonical(self.settings),
                 "request": self._request(row, column),
-                "Software": "infinite_id_jax",
+                "Software": SOFTWARE,
             }
             save_png(watermark(image), self.path / row.file(column), metadata)
 
@@ -95,7 +109,7 @@ class OutputFolder:
             cells = [[thumbnail(self.path / row.file(column)) for column in range(self.columns)] for row in part]
             labels = [f"{row.prompt}\nseed {row.seed}" for row in part]
             grids.append(self.path / ("grid.png" if start == 0 else f"grid-{start // _ROWS_PER_GRID + 1}.png"))
-            save_png(labelled_grid(cells, labels, heads), grids[-1], {"Software": "infinite_id_jax"})
+            save_png(labelled_grid(cells, labels, heads), grids[-1], {"Software": SOFTWARE})
         images = [
             {"file": row.file(column), "prompt": row.prompt, "seed": row.seed, "identity": column}
             for row in rows
@@ -123,6 +137,15 @@ class OutputFolder:
             pass
         except OSError as error:  # a name that is too long, a loop of links
             raise _unwritable(self.path, error.strerror) from None
+
+    def _ends(self) -> list[Path]:
+        """The grids and the manifest that stand for a finished run, whoever wrote them."""
+        grids = [path for path in self.path.glob("grid*.png") if _GRID.fullmatch(path.name)]
+        return [path for path in (*sorted(grids), self.path / _MANIFEST) if path.exists()]
+
+    def _foreign(self) -> list[Path]:
+        """Those of them that no run of this program wrote."""
+        return [path for path in self._ends() if not (_is_manifest if path.suffix == ".json" else _is_own)(path)]
 
     def _is_done(self, row: Row, column: int) -> bool:
         path = self.path / row.file(column)
@@ -158,6 +181,17 @@ def _read(path: Path) -> dict[str, str] | None:
         return read_metadata(path)
     except InputError:
         return None
+
+
+def _is_own(picture: Path) -> bool:
+    return (_read(picture) or {}).get("Software") == SOFTWARE
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        return "ai_generated" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _unwritable(path: Path, reason: str | None) -> InputError:

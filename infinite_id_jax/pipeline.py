@@ -1,7 +1,6 @@
 """What a user imports: the whole of sampling in one class."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike, fspath
@@ -22,11 +21,12 @@ from infinite_id_jax.faces.extract import ExtractedFace, extract_face
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import FaceBackend
 from infinite_id_jax.identity import encoder
-from infinite_id_jax.identity.config import Switches, checked_range
+from infinite_id_jax.identity.config import Switches, check_reach, checked_range
 from infinite_id_jax.identity.features import FaceFeatures
 from infinite_id_jax.identity.inject import IdentityAdapter, block_names, inject
 from infinite_id_jax.identity.scales import layer_scales
 from infinite_id_jax.identity.streams import Layout
+from infinite_id_jax.people import Identity, checked_people
 from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_streams
 from infinite_id_jax.sharding import batch_sharding, gathered, make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, VisionOutput, preprocess, resize_and_crop
@@ -44,17 +44,7 @@ from infinite_id_jax.weights.folder import (
     resolve,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = ("pil", "numpy", "latent")
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """One person (or a mixture) as identity tokens c_id [K, D], and nobody as as many; `face` if of a photo."""
-
-    tokens: Float[Array, "K D"]
-    unconditional: Float[Array, "K D"]  # for guidance (decision 11)
-    face: ExtractedFace | None = None
 
 
 class Output(NamedTuple):
@@ -118,10 +108,7 @@ class InfiniteIDPipeline:
         merge_lora=False it stays beside the weights and `set_lora_scale` changes it. quantization: none, int8 or
         float8, in which the U-Net's transformers then multiply. Raises InputError for what cannot be used.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"Unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
-        if dtype == "float16" and jax.default_backend() == "cpu":
-            raise InputError("float16 does not run on a CPU: take float32 or bfloat16.")
+        conditioning.check_dtype(dtype)
         checked_kind(quantization)
         device_mesh = make_mesh(mesh)
         sharding = None if device_mesh is None else parameter_sharding(device_mesh)
@@ -260,10 +247,12 @@ class InfiniteIDPipeline:
         output: pil, numpy (floats in [0, 1]) or latent (no decoding). progress: called with the number of finished
         steps. Raises InputError for values that cannot be used.
         """
-        prompts, people = conditioning.checked_prompts(prompts), checked_people(identities)
+        prompts, people = conditioning.checked_prompts(prompts), checked_people(identities, style_merge)
         switches = Switches(
             streams, attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range
         )
+        guided = checked_range("guidance_range", guidance_range)
+        check_reach(steps, len(self._blocks), guidance_range=guided, step_range=step_range, layer_range=layer_range)
         if cache_interval < 1:
             raise InputError(f"cache_interval {cache_interval} is too small: give 1 or more.")
         if output not in OUTPUTS:
@@ -282,7 +271,7 @@ class InfiniteIDPipeline:
             scheduler=scheduler,
             prediction_type=self.settings.schedule.prediction_type,
             layout=layout,
-            guidance_range=checked_range("guidance_range", guidance_range),
+            guidance_range=guided,
             cache_interval=cache_interval,
             batch=None if self.mesh is None else batch_sharding(self.mesh),
             report=self._report if progress is not None else None,
@@ -308,6 +297,7 @@ class InfiniteIDPipeline:
                 jax.effects_barrier()  # a late report would move the next call's bar
             ended = gathered(ended)
             final = ended.identity if people else ended.text
+            conditioning.check_finite(final)
             return Output(self._images(final, output), final, ended.text)
 
     def _report(self, step: Any) -> None:
@@ -386,15 +376,7 @@ class InfiniteIDPipeline:
             return None
         rows = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         pixels = conditioning.decode(self._vae, latents / self.settings.vae.scaling_factor, rows)
+        conditioning.check_finite(pixels)
         if output == "numpy":
             return pixels
         return [PILImage.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
-
-
-def checked_people(identities: Any) -> list[Identity]:
-    """One identity, several or none as a list. Raises InputError for anything else."""
-    people: list[Any] = list(identities or ()) if isinstance(identities, list | tuple | None) else [identities]
-    for person in people:
-        if not isinstance(person, Identity):
-            raise InputError(f"A {type(person).__name__} is no identity: make one of it with encode_identity.")
-    return people

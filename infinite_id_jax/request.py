@@ -105,10 +105,11 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
 
     Raises InputError for what does not fit, and for a weight file that is missing or cut short.
     """
+    from infinite_id_jax.conditioning import DTYPES, check_dtype
     from infinite_id_jax.diffusion.samplers import trajectory
+    from infinite_id_jax.identity.config import check_reach
     from infinite_id_jax.identity.inject import block_names
     from infinite_id_jax.identity.scales import layer_scales
-    from infinite_id_jax.pipeline import DTYPES
     from infinite_id_jax.sharding import make_mesh
     from infinite_id_jax.stable_diffusion.quantized import checked_kind
     from infinite_id_jax.weights.adapter import check_adapter
@@ -118,15 +119,20 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
     checked_kind(args.quantization)
     if args.dtype not in ("auto", *DTYPES):
         raise InputError(f"--dtype {args.dtype} is unknown: choose auto, {', '.join(DTYPES)}.")
+    if args.dtype != "auto":
+        check_dtype(args.dtype)
     make_mesh(args.mesh)
     model, adapter_path = resolve(args.model), Path(args.adapter)
     described = describe_base(model, _model_config(args))
     base, adapter = described.settings, check_adapter(adapter_path, described.unet)
     for file in checked_loras([file for file, _ in args.lora]):
         read_lora(Path(file), described)
-    layer_scales(block_names(described.unet), args.id_scale)
+    layers = block_names(described.unet)
+    layer_scales(layers, args.id_scale)
+    ranges = {name: getattr(args, name) for name in ("guidance_range", "step_range", "layer_range")}
+    check_reach(args.steps, len(layers), **ranges)
     trajectory(args.scheduler, base.schedule, args.steps)
-    adapter.check_recogniser("in use", len(faces[0].embedding))
+    adapter.check_recogniser(faces[0].recogniser or "in use", len(faces[0].embedding))
     image_encoder = None
     if adapter.needs.clip_dim:
         image_encoder = image_encoder_folder(args, model)

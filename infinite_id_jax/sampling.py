@@ -180,7 +180,11 @@ def _guided_prediction(
     if inner is None:
         prediction, inner = call()
     else:
-        fresh = (step % program.cache_interval == 0) | (step == program.guidance_range[0])
+        # Where other streams begin or cease to be mixed, what was kept would be of those before.
+        starts = [program.guidance_range[0], *(switches.step_range if layout.identities else ())]
+        fresh = step % program.cache_interval == 0
+        for start in starts:
+            fresh |= False if start is None else step == start
         prediction, inner = jax.lax.cond(fresh, call, lambda: call(inner))
     prediction, inner = prediction.astype(jnp.float32), None if program.cache_interval == 1 else inner
     if layout.halves == 1:

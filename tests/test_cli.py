@@ -172,6 +172,8 @@ def test_a_senseless_value_is_named_with_its_option(capsys, place, tmp_path, opt
         (["--mesh", "data=99"], "needs 99 devices"),
         (["--quantization", "int4"], "Unknown quantization 'int4': choose from none, int8, float8"),
         (["--dtype", "float8"], "--dtype float8 is unknown: choose auto, float32"),
+        (["--dtype", "float16"], "float16 does not run on a CPU"),
+        (["--step-range", "50:"], "step_range begins at 50 and there are"),
         (["--face-index", "4"], "Eileen Collins ü.png: There is no face 4: the photo has 1"),
         (["--model", "nowhere"], "The model folder nowhere does not exist"),
         (["--adapter", "nowhere"], "The adapter folder nowhere does not exist"),

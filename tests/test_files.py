@@ -238,6 +238,19 @@ def test_what_a_crash_left_is_drawn_again(run, damage):
     assert run.missing(ROWS, overwrite=False) == [ROWS[1]]
 
 
+def test_what_others_wrote_is_left_alone(tmp_path):
+    """A manifest of a web application, a picture of a grid: refused, unless they may be replaced; others never."""
+    run = OutputFolder(tmp_path, SETTINGS, 2)
+    (tmp_path / "manifest.json").write_text('{"name": "an application"}')
+    (tmp_path / "gridlock.png").write_bytes(b"a holiday")
+    with pytest.raises(InputError, match=r"manifest\.json was not written by this program"):
+        run.missing(ROWS, overwrite=False)
+    assert names(tmp_path) == {"manifest.json", "gridlock.png"}
+    run.missing(ROWS, overwrite=True)
+    run.prepare(ROWS)
+    assert names(tmp_path) == {"gridlock.png"}
+
+
 @pytest.mark.parametrize(
     ("settings", "rows"),
     [

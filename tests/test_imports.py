@@ -27,10 +27,11 @@ ALLOWED = {
     "images": GROUND | {"files"},
     "evaluation": GROUND | {"faces", "files", "images"},
     "output_folder": GROUND | {"files", "images"},
-    "pipeline": MODELS | {"conditioning", "faces", "sampling", "sharding", "weights"},
+    "people": MODELS | {"faces"},
+    "pipeline": MODELS | {"conditioning", "faces", "people", "sampling", "sharding", "weights"},
     "training": MODELS | {"conditioning", "files", "sharding", "weights"},
     "previews": MODELS | {"images", "pipeline", "weights"},
-    "request": MODELS | {"faces", "files", "pipeline", "sharding", "weights"},
+    "request": MODELS | {"conditioning", "faces", "files", "sharding", "weights"},
     "__init__": {"errors", "identity", "pipeline"},
 }
 

@@ -201,3 +201,34 @@ def test_attention_in_tiles_equals_the_plain_one(mesh, monkeypatch):
     assert not [other for other in plain if "pallas_call" in other]
     expected = value_and_gradients(jax.nn.dot_product_attention, q, k, v)
     assert largest_error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tensor=2"])
+def test_cudnn_is_asked_for_what_it_has_kernels_for(mesh, monkeypatch):
+    """On each device for its rows and heads, as a plain program here; for the VAE's one head of 512 never."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def attend(q, k, v, implementation=None):
+        asked.append(implementation)
+        return plain(q, k, v)
+
+    def heads(*shape, dtype=jnp.bfloat16):
+        return tuple(normal(seed, *shape).astype(dtype) for seed in range(3))
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    monkeypatch.setattr(kernels, "_WEIGHTS", 256 * 256)
+    cases = {  # what is asked for, and whether the plain form is left for some queries at a time
+        "cudnn": heads(4, 300, 2, 64),
+        "one row": heads(1, 64, 2, 64),
+        "vae": heads(4, 300, 2, 512),
+        "fp32": heads(4, 64, 2, 64, dtype=jnp.float32),
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compiling_for("gpu"))
+        if mesh:
+            stack.enter_context(jax.set_mesh(make_mesh(mesh)))
+        found = {name: (asked.clear(), jax.jit(dot_product_attention)(*xs), asked[:])[1:] for name, xs in cases.items()}
+    expected = {"cudnn": ["cudnn"], "one row": [None if mesh else "cudnn"], "vae": [], "fp32": [None]}
+    assert {name: calls for name, (_, calls) in found.items()} == expected
+    for name, xs in cases.items():
+        assert largest_error(found[name][0].astype(jnp.float32), plain(*xs).astype(jnp.float32)) < 2e-2, name

@@ -10,8 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
+from infinite_id_jax.conditioning import initial_noise
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.pipeline import checked_people
+from infinite_id_jax.identity.config import AdapterConfig
+from infinite_id_jax.identity.face_id import FaceIDConfig
+from infinite_id_jax.people import Identity, checked_people
+from infinite_id_jax.weights.folder import describe_base
 from tests.conftest import write_adapter
 
 FAST = {"steps": 2, "height": 64, "width": 64, "output": "latent"}
@@ -205,6 +209,10 @@ def test_a_photograph_becomes_an_identity(tiny, tmp_path):
         ({"steps": 0}, "0 steps"),
         ({"seed": -1}, "Seeds lie between 0 and 4294967295"),
         ({"seed": [1, 2, 3]}, "3 seeds for 1 prompts"),
+        ({"latents": np.full((1, 8, 8, 4), np.nan)}, "not finite: take the dtype bfloat16 or float32"),
+        ({"step_range": (2, None)}, "step_range begins at 2 and there are 2 steps"),
+        ({"guidance_range": (3, 9)}, "guidance_range begins at 3 and there are 2 steps"),
+        ({"layer_range": (99, None)}, r"layer_range begins at 99 and there are \d+ layers"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"\[1, 4, 8, 8\]"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"text_scale": np.nan}, "text_scale is nan"),
@@ -225,6 +233,67 @@ def test_what_is_no_identity_is_told_how_to_become_one(pipe, tiny):
     for wrong, kind in ((FaceFeatures(**tiny.features(0)), "FaceFeatures"), ("anna.jpg", "str"), ([None], "NoneType")):
         with pytest.raises(InputError, match=f"A {kind} is no identity: make one of it with encode_identity"):
             checked_people(wrong)
+
+
+@pytest.mark.parametrize("seed", [1.5, [1.5], "7", None])
+def test_seeds_are_whole_numbers(seed):
+    with pytest.raises(InputError, match="give a whole number, or one for each prompt"):
+        getattr(initial_noise, "__wrapped__", initial_noise)(1, (2, 2, 4), seed, None)
+
+
+def test_adain_needs_several_tokens_and_as_many_of_each(people):
+    both = people[0].tokens, people[0].unconditional
+    one, two = (Identity(*(tokens[:n] for tokens in both)) for n in (1, 2))
+    for merge, shown, says in (
+        ("adain_mean", [one], "of a single one nothing would be left"),
+        ("adain", [two, people[1]], "which differ in number here"),
+    ):
+        with pytest.raises(InputError, match=says):
+            checked_people(shown, merge)
+        assert checked_people(shown) == shown
+    assert checked_people([two, people[1]], "adain_mean") == [two, people[1]]
+
+
+def test_inner_levels_are_run_anew_where_mixing_begins_and_ends(pipe, people):
+    """Of steps 0 and 1 kept together, the second alone is mixed: it is not what the first kept."""
+    options = {**FAST, "cache_interval": 2}
+    off = pipe("a man", people, attention="off", **options).latents
+    late, early, always = (
+        pipe("a man", people, step_range=steps, **options).latents for steps in ((1, None), (0, 1), (0, None))
+    )
+    assert np.abs(late - off).max() > 1e-3
+    assert np.abs(early - always).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("unet", {"in_channels": 9}, "takes latents of 9 channels, its autoencoder those of 4"),
+        ("unet", {"out_channels": 8}, "takes latents of 4 channels and gives 8"),
+        ("text_encoder", {"hidden_size": 32}, "takes text of width 64, its encoders give"),
+        ("text_encoder_2", {"projection_dim": 24}, "pooled text of"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(tiny, tmp_path, part, change, says):
+    shutil.copytree(tiny.model, tmp_path / "model")
+    path = tmp_path / "model" / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=says):
+        describe_base(tmp_path / "model")
+
+
+def test_embeddings_of_another_recogniser_are_refused():
+    """Of as many numbers: only the name tells."""
+    for config, known, other in (
+        (FaceIDConfig(), "insightface/buffalo_l", "insightface/antelopev2"),
+        (AdapterConfig(recogniser="miniature", face_dim=128), "miniature", "mtcnn_dlib"),
+    ):
+        config.check_recogniser(known, config.face_dim)
+        config.check_recogniser("of one's own", config.face_dim)
+        with pytest.raises(InputError, match=f"of {known}, which those of {other} cannot be compared with"):
+            config.check_recogniser(other, config.face_dim)
+    AdapterConfig(face_dim=128).check_recogniser("mtcnn_dlib", 128)
+    assert AdapterConfig.from_dict(AdapterConfig(recogniser="miniature").to_dict()).recogniser == "miniature"
 
 
 def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):

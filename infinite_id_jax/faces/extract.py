@@ -30,6 +30,7 @@ class ExtractedFace:
     arcface_crop: Crop
     recogniser_crop: UInt8[np.ndarray, "r r 3"]  # of a side of its own
     embedding: Float[np.ndarray, "d"]
+    recogniser: str = ""  # the backend's name, where one found it
 
 
 def extract_face(
@@ -62,6 +63,7 @@ def extract_face(
         arcface_crop=similarity_crop(photo, face.keypoints, crop_size),
         recogniser_crop=recogniser_crop,
         embedding=backend.embed(recogniser_crop),
+        recogniser=backend.name,
     )
 
 

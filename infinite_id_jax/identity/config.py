@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "text_stream": ("own", "shared"),
     "pooled_text": ("prompt", "zeros"),
 }
+RECOGNISERS = ("insightface", "mtcnn_dlib", "miniature")  # a backend of another name may be any of them
 CLIP_MAPPERS = ("mlp", "resampler", "none")
 
 
@@ -92,6 +93,17 @@ def checked_range(name: str, value: Any) -> tuple[int, int | None]:
     return first, end
 
 
+def check_reach(steps: int, layers: int, **ranges: tuple[int, int | None]) -> None:
+    """Raises InputError for a range of steps (or of layers, by its name) that begins behind the last one.
+
+    One that is empty on purpose, such as (0, 0), stands.
+    """
+    for name, (first, end) in ranges.items():
+        count, what = (layers, "layers") if name == "layer_range" else (steps, "steps")
+        if first >= count and first != end:
+            raise InputError(f"{name} begins at {first} and there are {count} {what}: begin before, or give (0, 0).")
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """What is said of every adapter, whoever trained it."""
@@ -102,6 +114,11 @@ class EncoderConfig:
     def needs(self) -> Needs:
         """What the adapter takes of a face."""
         raise NotImplementedError
+
+    @property
+    def trained_recogniser(self) -> str | None:
+        """The face backend whose embeddings it was trained on, where that is known."""
+        return None
 
     def describe(self) -> str:
         """The family, what it sees, where it comes from: for a reader."""
@@ -129,6 +146,12 @@ class EncoderConfig:
                 f"{name} gives {embedding_dim}: choose the backend it was trained with (insightface gives 512, "
                 "mtcnn_dlib 128)."
             )
+        known = self.trained_recogniser
+        if self.needs.face_dim and known is not None and name != known and name.partition("/")[0] in RECOGNISERS:
+            raise InputError(
+                f"The adapter was trained on face embeddings of {known}, which those of {name} cannot be compared "
+                f"with: choose the face backend {known}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +168,7 @@ class AdapterConfig(EncoderConfig):
     face_tokens: int = 1
     clip_mapper: str = "mlp"
     clip_layer: str = "last"  # which hidden states of the CLIP image encoder, one of CLIP_LAYERS
+    recogniser: str | None = None  # the face backend of the records that it was trained on
     clip_hidden: int | None = None
     face_hidden: int | None = None
     resampler_queries: int = 16
@@ -158,6 +182,10 @@ class AdapterConfig(EncoderConfig):
                 raise InputError(f"The adapter's {name} {getattr(self, name)!r} is not of {', '.join(allowed)}.")
         if self.clip_mapper == "none" and not self.face_tokens:
             raise InputError("The adapter has neither a clip_mapper nor face_tokens: give it one of them.")
+
+    @property
+    def trained_recogniser(self) -> str | None:
+        return self.recogniser
 
     @property
     def needs(self) -> Needs:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from infinite_id_jax.identity.encoder import Mapper
 from infinite_id_jax.identity.features import FaceFeatures, Needs, unit
-from infinite_id_jax.identity.published import PublishedConfig
+from infinite_id_jax.identity.published import FACE_ID_RECOGNISER, PublishedConfig
 from infinite_id_jax.typing import Array, Float
 
 
@@ -21,6 +21,10 @@ class FaceIDConfig(PublishedConfig):
     face_dim: int = 512
     hidden: int = 1024
     tokens: int = 4
+
+    @property
+    def trained_recogniser(self) -> str | None:
+        return FACE_ID_RECOGNISER if self.face_dim == 512 else None
 
     @property
     def needs(self) -> Needs:

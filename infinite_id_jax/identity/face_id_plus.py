@@ -8,7 +8,7 @@ from flax import nnx
 
 from infinite_id_jax.identity.encoder import Mapper
 from infinite_id_jax.identity.features import FaceFeatures, Needs, unit
-from infinite_id_jax.identity.published import PublishedConfig
+from infinite_id_jax.identity.published import FACE_ID_RECOGNISER, PublishedConfig
 from infinite_id_jax.identity.resampler import Perceiver
 from infinite_id_jax.typing import Array, Float
 
@@ -36,6 +36,10 @@ class FaceIDPlusConfig(PublishedConfig):
     @property
     def version(self) -> str:
         return " V1" if self.shortcut_scale is None else " V2"
+
+    @property
+    def trained_recogniser(self) -> str | None:
+        return FACE_ID_RECOGNISER if self.face_dim == 512 else None
 
     @property
     def needs(self) -> Needs:

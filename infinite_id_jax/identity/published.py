@@ -14,6 +14,10 @@ _ENCODERS = {
 }
 
 
+FACE_ID_RECOGNISER = "insightface/buffalo_l"
+"""Whose embeddings FaceID's releases were trained on (their model card)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PublishedConfig(EncoderConfig):
     """An adapter of the IP-Adapter releases, its widths read off its file."""

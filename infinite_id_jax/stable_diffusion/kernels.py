@@ -5,7 +5,7 @@ What was chosen on a CPU was measured there (docs/performance.md); every form is
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ _ROWS = 256  # queries whose weights over all keys a CPU holds at once: with SDX
 _FLASH_TOKENS = 2048  # queries from which a TPU takes tiles: SDXL's 64 x 64 at 1024 px
 _FLASH_HEAD = 64  # numbers of a head: those of other models, and the VAE's, are left to XLA
 _TILE = 512  # of queries and keys
+_FUSED_HEAD = 128  # numbers of a head, a multiple of 8, that cuDNN takes on every GPU from Ampere on
+_WEIGHTS = 2**24  # of one head that are held at once where no kernel spares them: SDXL's at 1024 px
 _ROW_AXES, _HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of the mesh (sharding.py)
 
 PLAIN = "plain"  # no platform at all: every layer in XLA's own form
@@ -37,44 +39,54 @@ def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
     """softmax(q k^T / sqrt(D)) v over [B, L, N, D], softmax in fp32 (Infinite-ID Eq. 2).
 
     Half precision on a GPU takes cuDNN's fused kernel, a TPU Pallas' where there are many tokens, and a CPU some
-    queries at a time: none of them ever holds all L x L weights in memory.
+    queries at a time, as do the others where all L x L weights would be many.
     """
-    if platform() == "cpu":
+    where = platform()
+    if where == "gpu" and _fused(q) and _divides(q):
+        return _on_each_device(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
+    if where == "tpu" and _in_tiles(q, k) and _divides(q):
+        return _on_each_device(_attend_in_tiles, q, k, v)
+    if where == "cpu" or (where != PLAIN and q.shape[1] * k.shape[1] > _WEIGHTS):
         return _attend_by_rows(q, k, v)
-    if platform() == "tpu" and q.shape[1] >= _FLASH_TOKENS and _in_tiles(q, k):
-        return _attend_in_tiles(q, k, v)
-    fused = platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+def _fused(q: Array) -> bool:
+    """Whether cuDNN has a kernel for these heads; it has none for the VAE's one head of 512."""
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= _FUSED_HEAD and q.shape[-1] % 8 == 0
 
 
 def _in_tiles(q: Array, k: Array) -> bool:
-    """Whether heads are SDXL's, queries and keys whole tiles, and each device has whole rows and heads."""
+    """Whether heads are SDXL's, and queries and keys many and whole tiles."""
+    many = q.shape[1] >= _FLASH_TOKENS
+    return many and q.shape[-1] == _FLASH_HEAD and not (q.shape[1] % _TILE or k.shape[1] % _TILE)
+
+
+def _divides(q: Array) -> bool:
+    """Whether each device of the mesh has whole rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads = (math.prod(mesh.shape.get(axis, 1) for axis in axes) for axes in (_ROW_AXES, _HEAD_AXES))
-    return q.shape[-1] == _FLASH_HEAD and not (
-        q.shape[1] % _TILE or k.shape[1] % _TILE or q.shape[0] % rows or q.shape[2] % heads
-    )
+    return not (q.shape[0] % rows or q.shape[2] % heads)
 
 
-def _attend_in_tiles(q: Array, k: Array, v: Array) -> Array:
-    """Pallas' flash attention for TPUs (Dao et al. 2022), on each device for its rows and heads.
-
-    The compiler cannot divide a kernel by itself: the mesh is the one of `jax.set_mesh`, if any.
-    """
-    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
-
-    tile = dict.fromkeys((field.name for field in dataclasses.fields(pallas.BlockSizes)), _TILE)
-    sizes = pallas.BlockSizes(**tile | {"block_b": 1})
-
-    def attend(*heads: Array) -> Array:
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
-        return pallas.flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes).transpose(0, 2, 1, 3)
-
+def _on_each_device(attend: Callable[..., Array], q: Array, k: Array, v: Array) -> Array:
+    """A kernel on each device for its rows and heads: the compiler divides none by itself, or only where queries and
+    keys lie alike. The mesh is the one of `jax.set_mesh`, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(q, k, v)
     place = jax.sharding.PartitionSpec(_ROW_AXES, None, _HEAD_AXES)
     return jax.shard_map(attend, in_specs=(place, place, place), out_specs=place, check_vma=False)(q, k, v)
+
+
+def _attend_in_tiles(*heads: Array) -> Array:
+    """Pallas' flash attention for TPUs (Dao et al. 2022) of q, k, v."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    tile = dict.fromkeys((field.name for field in dataclasses.fields(pallas.BlockSizes)), _TILE)
+    sizes = pallas.BlockSizes(**tile | {"block_b": 1})
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
+    return pallas.flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes).transpose(0, 2, 1, 3)
 
 
 def _attend_by_rows(q: Array, k: Array, v: Array) -> Array:

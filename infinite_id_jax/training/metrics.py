@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ COLUMNS = (
 )  # fmt: skip
 """Of metrics.csv. loss: mean over the steps since the row before; loss_t0..t9: its error by tenth of the timesteps,
 the least noisy first; tflops: 10^12 floating-point operations a second on one device; mfu: their share of its peak;
-data_wait: share of the time spent waiting for data; validation: with the right identity, another's, and none."""
+data_wait: share of the time spent waiting for data; validation: with the right identity, another's, and none. Time is
+that of steps (see `Window`): a row of steps that were not timed leaves its columns empty."""
 
 
 class MetricsFile:
@@ -102,7 +103,9 @@ class Terminal:
     def write(self, row: Mapping[str, Any]) -> None:
         taken = row["step"] - self._first
         left = (time.perf_counter() - self._start) / taken * (self._steps - row["step"])
-        parts = [f"loss {row['loss']:.4f}", f"{row['images_per_second']:.1f} images/s", f"data {row['data_wait']:.0%}"]
+        parts = [f"loss {row['loss']:.4f}"]
+        if "images_per_second" in row:
+            parts += [f"{row['images_per_second']:.1f} images/s", f"data {row['data_wait']:.0%}"]
         parts += [f"held out {row['validation_loss']:.4f}"] if "validation_loss" in row else []
         parts += [f"{datetime.timedelta(seconds=round(left))} left"]
         print(f"step {row['step']}/{self._steps}: {', '.join(parts)}", file=sys.stderr, flush=True)
@@ -113,12 +116,13 @@ class _Step(NamedTuple):
     metrics: Metrics
     waited: float
     flops: float
-    seconds: float = 0.0  # those that became known together took as long each
+    seconds: float = 0.0  # those that became known together took as long each; 0: not timed
 
 
 class Window:
     """Gathers steps into rows without holding up the device: it is read `delay` steps late.
 
+    Its clock starts when the first step is known, which leaves out what is compiled for it, and anew at `resume`.
     images: of one step. devices: that share it. peak: floating-point operations of one of them a second, None where
     unknown.
     """
@@ -127,7 +131,7 @@ class Window:
         self._every, self._images, self._devices, self._peak, self._delay = every, images, devices, peak, delay
         self._pending: deque[_Step] = deque()
         self._open: list[_Step] = []  # known, of the next row
-        self._read = time.perf_counter()  # when the last ones became known
+        self._read: float | None = None  # when the last ones became known, or the clock was started anew
 
     def add(
         self, step: int, metrics: Metrics, *, waited: float, flops: float, now: bool = False
@@ -140,32 +144,45 @@ class Window:
         known = [self._pending.popleft() for _ in range(due)]
         # Waiting here also keeps the host from queueing batches without end.
         known = [one._replace(metrics=jax.device_get(one.metrics)) for one in known]
-        end = time.perf_counter()
+        end, begin = time.perf_counter(), self._read
         rows = []
         for one in known:
-            self._open.append(one._replace(seconds=(end - self._read) / len(known)))
+            self._open.append(one if begin is None else one._replace(seconds=(end - begin) / len(known)))
             if one.step % self._every == 0 or (now and one.step == step):
                 rows.append(self._row(self._open))
                 self._open = []
         self._read = end if known else self._read
         return rows
 
+    def resume(self) -> None:
+        """Start the clock anew, after an `add` with `now` and what is no part of a step, such as validation."""
+        self._read = time.perf_counter()
+
     def _row(self, steps: list[_Step]) -> dict[str, Any]:
-        values, seconds = [one.metrics for one in steps], sum(one.seconds for one in steps)
-        flops = sum(one.flops for one in steps) / seconds / self._devices
+        values = [one.metrics for one in steps]
         errors: Any = np.sum([value.error_by_bin for value in values], axis=0, dtype=np.float64)
         counts: Any = np.sum([value.rows_by_bin for value in values], axis=0, dtype=np.float64)
         row = {
             "step": steps[-1].step,
             "loss": float(np.mean([value.loss for value in values], dtype=np.float64)),
             "grad_norm": float(np.mean([value.grad_norm for value in values], dtype=np.float64)),
-            "images_per_second": self._images * len(values) / seconds,
-            "tflops": flops / 1e12,
-            "data_wait": min(1.0, sum(one.waited for one in steps) / seconds),
             "failed_at": int(values[-1].failed_at),
         }
         row |= {f"loss_t{i}": errors[i] / counts[i] for i in range(BINS) if counts[i] > 0}
-        return row if self._peak is None else row | {"mfu": flops / self._peak}
+        return row | self._rates([one for one in steps if one.seconds > 0])
+
+    def _rates(self, timed: list[_Step]) -> dict[str, float]:
+        """Of the steps that were timed; nothing where none was."""
+        if not timed:
+            return {}
+        seconds = sum(one.seconds for one in timed)
+        flops = sum(one.flops for one in timed) / seconds / self._devices
+        rates = {
+            "images_per_second": self._images * len(timed) / seconds,
+            "tflops": flops / 1e12,
+            "data_wait": min(1.0, sum(one.waited for one in timed) / seconds),
+        }
+        return rates if self._peak is None else rates | {"mfu": flops / self._peak}
 
 
 class Logs:
@@ -200,19 +217,18 @@ class Logs:
         waited: float,
         flops: float,
         now: bool = False,
-        held_out: Mapping[str, float] | None = None,
+        held_out: Callable[[], Mapping[str, float]] | None = None,
     ) -> int | None:
-        """Take a step (see `Window.add`) and write what is known; `held_out` joins the row of this step.
+        """Take a step (see `Window.add`) and write what is known. With `now`, what `held_out` gives once the steps are
+        timed joins the row of this step; it is not asked after a loss that was not finite.
 
         Returns the step at which the loss failed to be finite, None while there is none.
         """
         rows = self._window.add(step, metrics, waited=waited, flops=flops, now=now)
-        if held_out:
-            rows[-1] |= held_out
-        failed_at = None
+        failed = [at for row in rows if (at := row.pop("failed_at")) >= 0]
+        if held_out and not failed:
+            rows[-1] |= held_out()
         for row in rows:
-            failed = row.pop("failed_at")
-            failed_at = failed if failed >= 0 else failed_at
             for writer in self._writers:
                 writer.write(row)
-        return failed_at
+        return failed[-1] if failed else None

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from infinite_id_jax.diffusion.schedule import ScheduleConfig
+from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.inject import IdentityAdapter, initialise_from_base
 from infinite_id_jax.sharding import batch_sharding, parameter_sharding
@@ -34,6 +35,16 @@ def base_sharding(mesh: Mesh | AbstractMesh, sharded: bool) -> ShardingRule:
     """Where the arrays of the frozen base live: divided by the rule table, or whole on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
     return parameter_sharding(mesh) if sharded else lambda key, shape: whole
+
+
+def check_rows(rows: int, parts: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises InputError unless each of `parts` parts of a batch has as many rows of every device that divides it."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (devices * parts):
+        raise InputError(
+            f"data.batch_size {rows} does not divide over {devices} devices with optimizer.accumulate {parts}: give a "
+            f"multiple of {devices * parts}."
+        )
 
 
 def make_objective(

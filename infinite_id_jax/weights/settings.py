@@ -62,7 +62,24 @@ def settings_of_folder(folder: Path) -> Settings:
     settings = SDXL._replace(**given, text=(text[0], second))
     if settings.unet.addition_embed_type != "text_time":
         raise InputError(f"{folder} holds no SDXL (its U-Net takes no pooled text): sampling needs an SDXL model.")
+    _check_parts(folder, settings)
     return settings
+
+
+def _check_parts(folder: Path, settings: Settings) -> None:
+    """Raises InputError for parts that do not go together, such as those of a model that inpaints."""
+    unet, vae, text = settings.unet, settings.vae, settings.text
+    for what, ours, others in (
+        ("latents of {} channels, its autoencoder those of {}", unet.in_channels, vae.latent_channels),
+        ("latents of {} channels and gives {}", unet.in_channels, unet.out_channels),
+        ("text of width {}, its encoders give {}", unet.cross_attention_dim, sum(one.hidden_size for one in text)),
+        ("pooled text of {} numbers, its second encoder gives {}", unet.pooled_dim, text[1].projection_dim),
+    ):
+        if ours != others:
+            raise InputError(
+                f"{folder} holds a U-Net that takes {what.format(ours, others)}: only plain text-to-image models are "
+                "sampled, not those that inpaint or edit."
+            )
 
 
 def _schedule(path: Path) -> ScheduleConfig:
