@@ -210,3 +210,11 @@ def test_preprocessing_equals_transformers(width, height):
 def test_any_image_mode_becomes_rgb():
     for mode in ("L", "RGBA", "P"):
         assert resize_and_crop(Image.new(mode, (40, 30)), size=20).shape == (20, 20, 3)
+
+
+def test_a_whole_clip_is_no_image_encoder(tmp_path):
+    """Its widths stand in a part of its configuration, and would be taken for ViT-bigG/14's."""
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "clip", "vision_config": {"hidden_size": 1280}}')
+    with pytest.raises(InputError, match=r"config\.json: This is a whole CLIP.*CLIPVisionModelWithProjection"):
+        CLIPVisionConfig.from_json(path)

@@ -241,6 +241,16 @@ class CLIPVisionConfig(_Config):
     layer_norm_eps: float = 1e-5
     projection_dim: int = 1280
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CLIPVisionConfig":
+        """Raises InputError for a whole CLIP, whose images' half is described by a part of it."""
+        if "vision_config" in values:
+            raise InputError(
+                "This is a whole CLIP, of texts and images: save the half that sees with transformers' "
+                "CLIPVisionModelWithProjection.from_pretrained(FOLDER).save_pretrained(OTHER), and name that."
+            )
+        return super().from_dict(values)
+
     @property
     def tokens(self) -> int:
         """Patches and the class token: 257 at 224 px with patches of 14."""
