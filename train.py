@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,9 +95,17 @@ def start_processes(args: argparse.Namespace) -> None:
 
     keep_compiled(args.output_dir / "compiled")
     if args.coordinator is not None:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id, local_devices())
     elif args.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(local_device_ids=local_devices())
+
+
+def local_devices() -> list[int] | None:
+    """What this process takes of its host's GPUs, for JAX: all of them (an empty list restricts nothing) where SLURM
+    runs one task a node, to which JAX by itself would give one; else, None, what JAX does by itself.
+    """
+    tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
+    return [] if tasks is not None and tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
 
 
 def prepare(config: "TrainConfig", args: argparse.Namespace) -> "TrainConfig":
@@ -117,6 +127,8 @@ def prepare(config: "TrainConfig", args: argparse.Namespace) -> "TrainConfig":
 
 def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals") -> int:
     """Everything into place, then step after step, and what happens between them."""
+    import jax
+
     from infinite_id_jax.sharding import make_mesh
     from infinite_id_jax.training.checkpoint import Checkpoints
     from infinite_id_jax.training.flops import peak_flops
@@ -127,6 +139,7 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
     mesh = make_mesh(run.mesh)
     feeds = open_data(config, mesh)
     loader = feeds.train.loader
+    config = with_recogniser(config, loader.dataset.spec.face_backend)
     model = load_model(config, mesh, on_device=loader.dataset.spec.id_features == "on_device")
     program = model.program
     with (
@@ -143,6 +156,7 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
         )
         logs = Logs(folder, taken, run.steps, window, tensorboard=run.tensorboard, wandb=run.wandb)
         print(f"{taken} of {run.steps} steps are taken; the run lies in {folder}.", file=sys.stderr)
+        print(f"Devices: {mesh.size} of {jax.device_count()}; processes: {jax.process_count()}.", file=sys.stderr)
         with closing(feeds.train.batches(taken, run.steps, same=args.overfit_batch)) as batches:
             for batch, waited in batches:
                 profile.before(taken, state)
@@ -150,20 +164,23 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
                 taken += 1
                 code = signals.exit_code(taken)
                 save = code is not None or taken == run.steps or taken % run.checkpoint_every == 0
-                check = _due(run.validate_every, taken)
-                held_out = program.validate(state.result, feeds.held_out()) if check else None
+                check, draw = _due(run.validate_every, taken), _due(run.sample_every, taken)
+                pause = save or check or draw
+                held_out = partial(program.validate, state.result, feeds.held_out()) if check else None
                 cost = {"waited": waited, "flops": program.flops(batch)}
-                failed_at = logs.add(taken, metrics, **cost, now=save or check, held_out=held_out)
+                failed_at = logs.add(taken, metrics, **cost, now=pause, held_out=held_out)
                 if failed_at is not None:
                     culprit = loader.batch(0 if args.overfit_batch else failed_at)
                     raise DivergedError(save_failure(state, checkpoints, culprit, failed_at, folder))
                 if save:
                     checkpoints.save(state, taken)
-                if _due(run.sample_every, taken):
+                if draw:
                     draw_samples(config, model, state, feeds, mesh, folder / "samples" / f"{taken:07}.png")
                 if code is not None:
                     print(f"Stopped after {taken} steps: the same command goes on from there.", file=sys.stderr)
                     return code
+                if pause:
+                    window.resume()
     save_result(model, state, folder / "adapter")
     print(f"{taken} steps are taken: {folder / 'adapter'}")
     return 0
@@ -184,13 +201,17 @@ class Model(NamedTuple):
 
 
 def open_data(config: "TrainConfig", mesh: "Mesh") -> "Feeds":
-    """The dataset's splits. Raises InputError if its features are not those the adapter takes."""
+    """The dataset's splits. Raises InputError if its features are not those the adapter takes, or if the devices do not
+    divide a batch.
+    """
     from data_pipeline.feed import open_feeds
     from data_pipeline.loader import LoaderConfig
     from infinite_id_jax.sharding import batch_sharding
+    from infinite_id_jax.training.setup import check_rows
     from infinite_id_jax.weights.folder import load_tokenizers, resolve
 
     data, adapter = config.data, config.adapter
+    check_rows(data.batch_size, config.optimizer.accumulate, mesh)
     feeds = open_feeds(
         Path(data.path),
         LoaderConfig(
@@ -213,6 +234,17 @@ def open_data(config: "TrainConfig", mesh: "Mesh") -> "Feeds":
                 f"set adapter.{name}={getattr(spec, name)}, or make the dataset with other encoders."
             )
     return feeds
+
+
+def with_recogniser(config: "TrainConfig", name: str) -> "TrainConfig":
+    """The adapter told whose face embeddings it learns from. Raises InputError if it names another's."""
+    named = config.adapter.recogniser
+    if named not in (None, name):
+        raise InputError(
+            f"The dataset {config.data.path} has face embeddings of {name} and adapter.recogniser is {named}: leave "
+            "that out, or make the dataset with that face backend."
+        )
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, recogniser=name))
 
 
 def load_model(config: "TrainConfig", mesh: "Mesh", on_device: bool) -> Model:
@@ -262,13 +294,17 @@ def describe_run(config: "TrainConfig", model: Model, loader: "Loader") -> dict[
 def save_failure(
     state: "TrainState", checkpoints: "Checkpoints", batch: dict[str, Any], failed_at: int, folder: Path
 ) -> str:
-    """Keep the batch whose loss was not finite and the state before it; returns what to tell the user."""
+    """Keep this process's rows of the batch whose loss was not finite, and the state before it; returns what to tell
+    the user.
+    """
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
     from infinite_id_jax.files import replacing
 
-    path = folder / f"failed_step_{failed_at}.npz"
+    part = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = folder / f"failed_step_{failed_at}{part}.npz"
     arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in batch.items()}  # npz has no bfloat16
     with replacing(path) as beside, beside.open("wb") as file:
         np.savez(file, **arrays)
@@ -330,12 +366,13 @@ def dry_run(config: "TrainConfig") -> str:
     """
     from infinite_id_jax.sharding import abstract_mesh
     from infinite_id_jax.training.budget import make_budget
-    from infinite_id_jax.training.setup import abstract_inputs
+    from infinite_id_jax.training.setup import abstract_inputs, check_rows
     from infinite_id_jax.weights.folder import read_settings
 
     here = config.model.path and Path(config.model.path).is_dir()
     architecture = read_settings(Path(config.model.path)).unet if here else config.model.architecture
     mesh = abstract_mesh(config.run.mesh)
+    check_rows(config.data.batch_size, config.optimizer.accumulate, mesh)
     inputs = abstract_inputs(
         architecture,
         config.adapter,

@@ -2,7 +2,8 @@
 
     python -m benchmarks.cold_start [--device cpu|gpu] [--size tiny|small|full] [--json FILE]
 
-Weights are in the system's file cache on both sides, as the first, untimed round leaves them.
+Weights are in the system's file cache on both sides, as the first, untimed round leaves them. The peer is not compiled
+unless `--compile-peer` asks for it: who draws one image would not.
 """
 
 import sys
@@ -62,4 +63,4 @@ def first_image_of_peer(run: Run) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main("benchmarks.cold_start", __doc__, cases, None))
+    sys.exit(main("benchmarks.cold_start", __doc__, cases, ["--no-compile-peer", *sys.argv[1:]]))

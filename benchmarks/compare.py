@@ -42,7 +42,11 @@ class Run(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One row: two functions that do the same and return, when all is done, an array [...] of it."""
+    """One row: two functions that do the same.
+
+    Each gives arrays or tensors on their device, which need not be computed yet. The first of ours and the first of
+    the peer's have the same axes and are compared.
+    """
 
     name: str
     ours: Callable[[], Any]
@@ -98,6 +102,8 @@ def measure(run: Run, cases: Callable[[Run], Iterator[Case]], repeats: int) -> d
     ceiling = matmul_ceiling(run)
     rows = []
     for case in cases(run):
+        if run.compile_peer:
+            forget_compiled()
         rows.append(measure_case(case, repeats, ceiling))
         print(f"{case.name}: {rows[-1]['ours_s']:.4g} s", file=sys.stderr)
     return {
@@ -112,14 +118,14 @@ def measure(run: Run, cases: Callable[[Run], Iterator[Case]], repeats: int) -> d
 
 
 def measure_case(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
-    """Both warmed up and compared, then timed in turns."""
-    results = [np.asarray(side(), np.float32) for side in (case.ours, case.peer)]
+    """Both warmed up and compared, then timed in turns, each until its device is done."""
+    results = [on_host(side()) for side in (case.ours, case.peer)]
     error = relative_error(*results) if case.comparable else None
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for side, taken in zip((case.ours, case.peer), seconds, strict=True):
             start = time.perf_counter()
-            side()
+            wait(side())
             taken.append(time.perf_counter() - start)
     ours, peer = (statistics.median(taken) for taken in seconds)
     speed = None if case.flops is None else case.flops / ours
@@ -135,6 +141,33 @@ def measure_case(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
         "ours_runs_s": seconds[0],
         "peer_runs_s": seconds[1],
     }
+
+
+def wait(result: Any) -> None:
+    """Until `result`, arrays of JAX, PyTorch or NumPy, is computed. On a GPU PyTorch waits for all that it began."""
+    import jax
+    import torch
+
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in jax.tree.leaves(result)):
+        torch.cuda.synchronize()
+    jax.block_until_ready(result)
+
+
+def on_host(result: Any) -> np.ndarray:
+    """The first array of a result, in fp32."""
+    import jax
+    import torch
+
+    wait(result)
+    first = jax.tree.leaves(result)[0]
+    return first.float().cpu().numpy() if isinstance(first, torch.Tensor) else np.asarray(first, np.float32)
+
+
+def forget_compiled() -> None:
+    """What torch.compile made: a second shape in one process would get a program for all shapes, which is slower."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
 
 
 def relative_error(ours: np.ndarray, peer: np.ndarray) -> float:
@@ -167,12 +200,12 @@ def take_device(device: str) -> None:
 def matmul_ceiling(run: Run) -> float:
     """FLOP/s of a plain square product in this dtype, by JAX or by PyTorch, whichever is faster."""
     import jax
-    import jax.numpy as jnp
     import torch
 
     side = {"cpu": 2048, "gpu": 8192}[run.device] if run.size != "tiny" else 256
-    a, product = jnp.ones((side, side), run.dtype), jax.jit(lambda a: a @ a)
-    b = torch.ones(side, side, dtype=getattr(torch, run.dtype), device="cuda" if run.device == "gpu" else "cpu")
+    # Random: products of equal numbers take a GPU less power, and so less time.
+    a, product = jax.random.normal(jax.random.key(0), (side, side), run.dtype), jax.jit(lambda a: a @ a)
+    b = torch.randn(side, side, dtype=getattr(torch, run.dtype), device="cuda" if run.device == "gpu" else "cpu")
 
     def by_torch() -> None:
         b @ b
@@ -228,3 +261,15 @@ def program_bytes(compiled: Any) -> int:
     sizes = compiled.memory_analysis()
     shared = sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - shared
+
+
+def of_leaves(function: Callable[..., Any], tree: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """`function(tree, *inputs)` as one of leaves, and the leaves: flattening a U-Net's state takes 5 ms a call."""
+    import jax
+
+    leaves, structure = jax.tree.flatten(tree)
+
+    def flat(leaves: list[Any], *inputs: Any) -> Any:
+        return function(jax.tree.unflatten(structure, leaves), *inputs)
+
+    return flat, leaves

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.compare import machine, relative_error
+from benchmarks.compare import machine, of_leaves, relative_error
 from benchmarks.meter import PROCESS_STATUS, Meter, Phase, in_fresh_process
 from benchmarks.models import SIZES
 from infinite_id_jax.errors import InputError
@@ -164,9 +164,10 @@ def measure_ours(folder: Path, inputs: Inputs, repeats: int) -> Measured:
         return nnx.merge(graph, state)(*arguments)
 
     latents, timestep, context, pooled, time_ids = (jax.numpy.asarray(x) for x in inputs)
-    arguments = (state, latents, timestep, context, AddedConditions(pooled, time_ids))
+    flat, leaves = of_leaves(forward, state)
+    arguments = (leaves, latents, timestep, context, AddedConditions(pooled, time_ids))
     with meter.phase("compile"):
-        compiled = jax.jit(forward).lower(*arguments).compile()
+        compiled = jax.jit(flat).lower(*arguments).compile()
     return _measure_forward(meter, lambda: jax.block_until_ready(compiled(*arguments)), repeats)
 
 

@@ -7,6 +7,7 @@ Shapes are SDXL's at 256 px (small), with those at 1024 px too (full).
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def _both(
     learned: int = 0,
     nchw: bool = False,
 ) -> Iterator[Case]:
-    """Forward and backward, ours and XLA's; the last `learned` inputs are frozen weights, that get no gradient.
+    """Forward and all gradients, ours and XLA's; the last `learned` inputs are frozen weights, that get no gradient.
 
     With `nchw` the peer gets its own layout, [B, C, H, W] and [out, in, h, w], and gives it.
     """
@@ -142,15 +143,15 @@ def _both(
     cotangent = np.random.default_rng(9).normal(size=result).astype(np.float32)
 
     def forward(function: Any) -> Callable[..., Any]:
-        return jax.jit(lambda *inputs: (function(*inputs),))
+        return jax.jit(lambda *inputs: function(*inputs))
 
     def backward(function: Any) -> Callable[..., Any]:
-        def gradient(*inputs: Any) -> Any:
+        def gradients(cotangent: Any, *inputs: Any) -> tuple[Any, ...]:
             still = inputs[moving:]
             value, pull = jax.vjp(lambda *xs: function(*xs, *still), *inputs[:moving])
-            return pull(jax.numpy.asarray(cotangent, run.dtype))[0], value
+            return *pull(cotangent), value
 
-        return jax.jit(gradient)
+        return partial(jax.jit(gradients), jax.numpy.asarray(cotangent, run.dtype))
 
     theirs = _peer(run, peer, arrays, cotangent, learned, nchw)
     for kind, make, side in (("", forward, theirs[0]), (" and gradient", backward, theirs[1])):
@@ -158,7 +159,7 @@ def _both(
             program = make(function)
             yield Case(
                 f"{name}{kind}{form}",
-                lambda program=program: np.asarray(program(*inputs)[0], np.float32),
+                partial(program, *inputs),
                 side,
                 None if kind else count_flops(program, *inputs) or None,
             )
@@ -166,31 +167,32 @@ def _both(
 
 def _peer(
     run: Run, peer: Any, arrays: list[np.ndarray], cotangent: np.ndarray, learned: int, nchw: bool
-) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
-    """Forward, and forward with the gradient of the first input."""
+) -> tuple[Callable[[], Any], Callable[[], tuple[Any, ...]]]:
+    """Forward, and forward with all gradients; on a GPU images and their kernels have channels last."""
     import torch
 
     moving, order = len(arrays) - learned, (0, 3, 1, 2) if nchw else (0, 1, 2, 3)
+    back = (0, 2, 3, 1) if nchw else order
+    layout = torch.channels_last if nchw and run.device == "gpu" else torch.contiguous_format
 
     def placed(x: np.ndarray, axes: tuple[int, ...]) -> Any:
         place = "cuda" if run.device == "gpu" else "cpu"
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(axes))).to(place, getattr(torch, run.dtype))
+        tensor = torch.from_numpy(np.ascontiguousarray(x.transpose(axes)))
+        return tensor.to(place, getattr(torch, run.dtype)).contiguous(memory_format=layout)
 
-    def wait(x: Any) -> np.ndarray:
-        return x.detach().float().cpu().numpy().transpose(np.argsort(order))
-
-    moved, back = [placed(x, order) for x in arrays[:moving]], placed(cotangent, order)
+    moved, onto = [placed(x, order) for x in arrays[:moving]], placed(cotangent, order)
+    xs = [x.detach().requires_grad_() for x in moved]
     still = [placed(x, (3, 2, 0, 1)) for x in arrays[moving:]]
 
-    def forward() -> np.ndarray:
+    def forward() -> Any:
         with torch.inference_mode():
-            return wait(peer(*moved, *still))
+            return peer(*moved, *still).permute(back)
 
-    def gradient() -> np.ndarray:
-        xs = [x.requires_grad_() for x in moved]
-        return wait(torch.autograd.grad(peer(*xs, *still), xs, back)[0])
+    def gradients() -> tuple[Any, ...]:
+        first, *others = torch.autograd.grad(peer(*xs, *still), xs, onto)
+        return first.permute(back), *others
 
-    return forward, gradient
+    return forward, gradients
 
 
 if __name__ == "__main__":

@@ -167,9 +167,9 @@ def to_torch(run: Run, nhwc: np.ndarray) -> Any:
     return x.to("cuda" if run.device == "gpu" else "cpu", getattr(torch, run.dtype))
 
 
-def from_torch(x: Any) -> np.ndarray:
-    """[B, c, h, w] on any device as [B, h, w, c]; waits for it."""
-    return np.moveaxis(x.float().cpu().numpy(), 1, -1)
+def from_torch(x: Any) -> Any:
+    """[B, c, h, w] as [B, h, w, c], not copied."""
+    return x.movedim(1, -1)
 
 
 @contextmanager

@@ -30,13 +30,13 @@ def cases(run: Run) -> Iterator[Case]:
     people = [ours.encode_identity(FaceFeatures(**face)) for face in features]
     peer_people = [theirs.encode_identity(**face) for face in features]
 
-    def plain() -> np.ndarray:
+    def plain() -> Any:
         with models.inference():
             options = {"latents": models.to_torch(run, start), "num_inference_steps": steps, "output_type": "latent"}
             options |= dict.fromkeys(("height", "width"), models.SIZES[run.size].resolution)
             return models.from_torch(theirs(models.PROMPT, **options, **shared).images)
 
-    def mixed(count: int) -> np.ndarray:
+    def mixed(count: int) -> Any:
         with models.inference():
             options = {"latents": models.to_torch(run, start), "steps": steps, "output": "latent"}
             found = theirs.sample(models.PROMPT, peer_people[:count], style_merge="adain_mean", **options, **shared)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import models
-from benchmarks.compare import Case, Run, main, program_bytes
+from benchmarks.compare import Case, Run, main, of_leaves, program_bytes
 
 ROWS = {"tiny": 2, "small": 2, "full": 4}
 REMAT = {"tiny": "none", "small": "none", "full": "blocks"}
@@ -46,7 +46,7 @@ def make_batch(run: Run, pixels: int) -> dict[str, np.ndarray]:
 
 
 def our_step(run: Run, batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float, int]:
-    """A step that goes on from the last one, its loss; its work and its memory."""
+    """A step that goes on from the last one, its loss and the new state; its work and its memory."""
     import jax
     from flax import nnx
 
@@ -71,15 +71,14 @@ def our_step(run: Run, batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any],
     objective, frozen = make_objective(method, config, ScheduleConfig(), settings.vae.scaling_factor, unet)
     optimizer = OptimizerConfig(learning_rate=RATE, warmup_steps=0)
     first = initial_state(optimizer, adapter_arrays(adapter))
-    arguments = (frozen, first, {name: jax.numpy.asarray(x) for name, x in batch.items()}, jax.random.key(0))
-    program = jax.jit(partial(train_step, objective, optimizer, None), donate_argnums=1)
-    compiled = program.lower(*arguments).compile()
+    inputs = {name: jax.numpy.asarray(x) for name, x in batch.items()}, jax.random.key(0)
+    flat, leaves = of_leaves(partial(train_step, objective, optimizer, None), frozen)
+    compiled = jax.jit(flat, donate_argnums=1).lower(leaves, first, *inputs).compile()
     state = [first]
 
     def step() -> Any:
-        state[0], metrics = compiled(frozen, state[0], *arguments[2:])
-        jax.block_until_ready(state[0])
-        return metrics.loss
+        state[0], metrics = compiled(leaves, state[0], *inputs)
+        return metrics.loss, state[0]
 
     return step, work, program_bytes(compiled)
 
@@ -105,6 +104,7 @@ def peer_step(run: Run, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     """The same in PyTorch, with autograd, AdamW and its fused kernels."""
     import torch
     import torch.nn.functional as F
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from torch.utils.checkpoint import checkpoint
 
@@ -125,6 +125,9 @@ def peer_step(run: Run, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     if REMAT[run.size] != "none":
         unet.train()
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        for module in unet.modules():
+            if hasattr(module, "gradient_checkpointing") and not isinstance(module, Transformer2DModel):
+                module.gradient_checkpointing = False  # of resnets, which ours does not forget
     adamw = torch.optim.AdamW([*adapter.values()], RATE, fused=run.device == "gpu")
     options = {key: value for key, value in SCHEDULE.items() if key.startswith("beta")}
     scheduler: Any = DDPMScheduler(**options, num_train_timesteps=1000)
@@ -145,7 +148,7 @@ def peer_step(run: Run, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
         adamw.zero_grad()
         loss.backward()
         adamw.step()
-        return loss.item()
+        return loss.detach()
 
     return step
 

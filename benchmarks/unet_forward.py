@@ -5,12 +5,13 @@ python -m benchmarks.unet_forward [--device cpu|gpu] [--size tiny|small|full] [-
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks import models
-from benchmarks.compare import Case, Run, main, program_bytes
+from benchmarks.compare import Case, Run, main, of_leaves, program_bytes
 
 
 def cases(run: Run) -> Iterator[Case]:
@@ -31,36 +32,28 @@ def cases(run: Run) -> Iterator[Case]:
     def forward(state: Any, *inputs: Any) -> jax.Array:
         return nnx.merge(graph, state)(*inputs)
 
+    def peer(x: Any, t: Any, context: Any, added: dict[str, Any]) -> Any:
+        with models.inference():
+            return models.from_torch(theirs(x, t, context, added_cond_kwargs=added).sample)
+
+    forward_flat, leaves = of_leaves(forward, state)
     for rows in (1, 2):
         rng = np.random.default_rng(2)
         context = rng.normal(size=(rows, 77, size.settings.unet.cross_attention_dim)).astype(np.float32)
         pooled = rng.normal(size=(rows, size.settings.unet.pooled_dim)).astype(np.float32)
         ids = np.full((rows, 6), [size.resolution, size.resolution, 0, 0, size.resolution, size.resolution], np.float32)
         x, t = models.latents(run, rows), np.full(rows, 601.0, np.float32)
-        arguments = (
-            state,
-            x,
-            t,
-            jax.numpy.asarray(context, run.dtype),
-            AddedConditions(jax.numpy.asarray(pooled), jax.numpy.asarray(ids)),
-        )
-        compiled = jax.jit(forward).lower(*arguments).compile()
-        on_device = [
-            models.to_torch(run, a) if a.ndim == 4 else torch.from_numpy(a) for a in (x, t, context, pooled, ids)
-        ]
-        place = on_device[0].device, on_device[0].dtype
-        x_, t_, context_, pooled_, ids_ = (a.to(*place) for a in on_device)
-
-        def peer(x: Any = x_, t: Any = t_, context: Any = context_, pooled: Any = pooled_, ids: Any = ids_) -> Any:
-            with models.inference():
-                added = {"text_embeds": pooled, "time_ids": ids}
-                return models.from_torch(theirs(x, t, context, added_cond_kwargs=added).sample)
-
+        put = jax.device_put
+        inputs = put(x), put(t), jax.numpy.asarray(context, run.dtype), AddedConditions(put(pooled), put(ids))
+        x_ = models.to_torch(run, x)
+        context_, pooled_ = (torch.from_numpy(a).to(x_) for a in (context, pooled))
+        t_, ids_ = (torch.from_numpy(a).to(x_.device) for a in (t, ids))  # bfloat16 has no 601
+        compiled = jax.jit(forward_flat).lower(leaves, *inputs).compile()
         yield Case(
             f"forward, {rows} x {size.resolution} px",
-            lambda compiled=compiled, arguments=arguments: np.asarray(compiled(*arguments), np.float32),
-            peer,
-            count_flops(forward, *arguments),
+            partial(compiled, leaves, *inputs),
+            partial(peer, x_, t_, context_, {"text_embeds": pooled_, "time_ids": ids_}),
+            count_flops(forward, state, *inputs),
             program_bytes(compiled),
         )
 

@@ -5,12 +5,11 @@ python -m benchmarks.vae_decode [--device cpu|gpu] [--size tiny|small|full] [--j
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
-
 from benchmarks import models
-from benchmarks.compare import Case, Run, main, program_bytes
+from benchmarks.compare import Case, Run, main, of_leaves, program_bytes
 
 
 def cases(run: Run) -> Iterator[Case]:
@@ -29,14 +28,15 @@ def cases(run: Run) -> Iterator[Case]:
     def decode(state: Any, latents: Any) -> jax.Array:
         return nnx.merge(graph, state).decode(latents)
 
-    def peer() -> np.ndarray:
+    def peer() -> Any:
         with models.inference():
             return models.from_torch(theirs.decode(their_latents).sample)
 
-    compiled = jax.jit(decode).lower(state, latents).compile()
+    decode_flat, leaves = of_leaves(decode, state)
+    compiled = jax.jit(decode_flat).lower(leaves, latents).compile()
     yield Case(
         f"decode, 1 x {models.SIZES[run.size].resolution} px",
-        lambda: np.asarray(compiled(state, latents), np.float32),
+        partial(compiled, leaves, latents),
         peer,
         count_flops(decode, state, latents),
         program_bytes(compiled),

@@ -211,9 +211,13 @@ def rasterise(svg: str, size: int) -> UInt8[np.ndarray, "{size} {size} 4"]:
 # What is behind people. Sides are 100; the middle is hidden, so what tells a scene stands at the left and the right.
 
 
+_ARRANGEMENTS = 4
+
+
 def backdrop(name: str, rng: np.random.Generator) -> str:
-    """The SVG of a background of BACKDROPS; `rng` moves its things about."""
-    return f'<svg {_NAMESPACES} viewBox="0 0 100 100" width="100" height="100">{BACKDROPS[name](rng)}</svg>'
+    """The SVG of a background of BACKDROPS, in one of a few arrangements of its things, which `rng` chooses."""
+    arrangement = np.random.Generator(np.random.Philox(key=int(rng.integers(_ARRANGEMENTS))))
+    return f'<svg {_NAMESPACES} viewBox="0 0 100 100" width="100" height="100">{BACKDROPS[name](arrangement)}</svg>'
 
 
 def _rect(x: _Number, y: _Number, width: _Number, height: _Number, fill: str) -> str:

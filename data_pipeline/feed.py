@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding
 
 from data_pipeline.loader import Loader, LoaderConfig, Tokenize
 from data_pipeline.records import PhotoDataset
-from infinite_id_jax.errors import InputError
 from infinite_id_jax.sharding import rows_of_process, to_devices
 
 
@@ -79,11 +78,8 @@ def open_feeds(
 ) -> Feeds:
     """The train split of a dataset and, with `validation_batches`, its validation split.
 
-    Raises InputError for a folder that holds no dataset or a batch that the devices cannot divide.
+    The devices must divide the batch. Raises InputError for a folder that holds no dataset.
     """
-    devices = sharding.num_devices // sharding.mesh.shape["tensor"]
-    if config.batch_size % devices:
-        raise InputError(f"A batch of {config.batch_size} does not divide over {devices} devices: give a multiple.")
     rows = rows_of_process(sharding, config.batch_size)
 
     def feed(split: str) -> Feed:

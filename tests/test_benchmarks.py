@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import (
@@ -156,6 +157,63 @@ def test_every_layer_is_compared_in_both_forms_and_directions(weights, tmp_path)
     layers += ("doubling and convolution 1x4x4x16", "GroupNorm 1x4x4x32")
     assert [row["name"] for row in rows] == [layer + form for layer in layers for form in forms]
     assert all(0 <= row["error"] < 1e-5 for row in rows)  # measured: 8.4e-7
+
+
+def test_both_sides_of_a_layer_give_all_gradients(weights):
+    """What a program does not give, XLA does not compute."""
+    run = compare.Run("cpu", "tiny", weights, compile_peer=False)
+    moving = {"attention": 3, "convolution": 1, "doubling": 1, "GroupNorm": 1}
+    for case in kernels.cases(run):
+        if "gradient" in case.name:
+            inputs = moving[case.name.split()[0]]
+            assert (len(case.ours()), len(case.peer())) == (inputs + 1, inputs)  # ours and the value
+
+
+def test_the_clock_stops_when_a_gpu_is_done(monkeypatch):
+    class Remote(torch.Tensor):
+        is_cuda = True
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    compare.wait((torch.zeros(1), np.zeros(1)))
+    assert not waited
+    compare.wait((torch.zeros(1), torch.zeros(1).as_subclass(Remote)))
+    assert waited == [True]
+
+
+def test_a_compiled_peer_is_compiled_for_each_shape_by_itself(weights):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([x if isinstance(x, torch.SymInt) else tuple(x.shape) for x in inputs])
+        return graph.forward
+
+    peer = torch.compile(lambda x: x + 1, backend=backend)
+
+    def cases(run):
+        for n in (3, 5, 7):
+            yield compare.Case(str(n), lambda n=n: np.ones(n), lambda n=n: peer(torch.zeros(n)))
+
+    compare.measure(compare.Run("cpu", "tiny", weights, compile_peer=True), cases, 1)
+    assert seen == [[(3,)], [(5,)], [(7,)]]
+
+
+def test_the_training_peer_computes_transformer_blocks_again_and_nothing_else(weights, monkeypatch):
+    again, checkpoint = [], torch.utils.checkpoint.checkpoint
+
+    def noting(module, *inputs, **options):
+        again.append(type(module).__name__)
+        return checkpoint(module, *inputs, **options)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", noting)
+    monkeypatch.setitem(training_step.REMAT, "tiny", "blocks")
+    run = compare.Run("cpu", "tiny", weights, compile_peer=False)
+    assert training_step.peer_step(run, training_step.make_batch(run, 128))() > 0
+    config = models.SIZES["tiny"].settings.unet
+    down = config.transformer_layers_per_block[1:]  # SDXL's first level has none
+    layers = config.layers_per_block
+    blocks = layers * sum(down) + (layers + 1) * sum(down) + down[-1]
+    assert again == ["BasicTransformerBlock"] * blocks
 
 
 @pytest.mark.alone

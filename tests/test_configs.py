@@ -14,9 +14,11 @@ import train
 from configs.base import SDXL, DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, load_module, load_study
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.evaluation.study import StudyConfig
+from infinite_id_jax.sharding import abstract_mesh
 from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
 from infinite_id_jax.training.flops import count_flops, peak_flops, unet_flops
 from infinite_id_jax.training.objective import MethodConfig
+from infinite_id_jax.training.setup import check_rows
 from infinite_id_jax.training.state import OptimizerConfig
 from infinite_id_jax.weights.load import abstract
 
@@ -328,6 +330,23 @@ def figure(report: str, name: str) -> float:
 def test_a_dry_run_says_how_it_counts_devices_that_are_not_named(capsys):
     assert train.main(["--config", "configs/debug.py", "--dry-run", "--set", "run.mesh=data=-1"]) == 0
     assert "tensor 1\n-1 is counted as one device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate", "says"),
+    [
+        ("data=3", 1, "does not divide over 3 devices with optimizer.accumulate 1: give a multiple of 3."),
+        ("data=2,fsdp=2", 4, "data.batch_size 8 does not divide over 4 devices with optimizer.accumulate 4: give a"),
+        ("data=2,tensor=4", 8, "over 2 devices with optimizer.accumulate 8: give a multiple of 16."),
+    ],
+)
+def test_each_part_of_a_batch_has_rows_of_every_device(mesh, accumulate, says, capsys):
+    settings = ["--set", f"run.mesh={mesh}", "--set", f"optimizer.accumulate={accumulate}"]
+    assert train.main(["--config", "configs/debug.py", "--dry-run", *settings]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    check_rows(8, 4, abstract_mesh("data=2,tensor=4"))
 
 
 def test_the_published_step_without_its_model(tmp_path, monkeypatch, capsys):

@@ -1,19 +1,26 @@
 """train.py from end to end on the debug configuration: resume, refusal, stop, divergence, pictures."""
 
 import csv
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import train
 from benchmarks import kill
+from data_pipeline.records import PhotoDataset
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
+from infinite_id_jax.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,9 +74,17 @@ def test_metrics_say_what_was_asked(whole):
         bins = [float(row[f"loss_t{i}"]) for i in range(10) if row[f"loss_t{i}"]]
         assert bins
         assert min(bins) <= float(row["loss"]) <= max(bins)
-        assert float(row["images_per_second"]) > 0
-        assert 0 <= float(row["data_wait"]) <= 1
+        if row["step"] == "1":  # which starts the clock
+            assert row["images_per_second"] == row["tflops"] == row["data_wait"] == ""
+        else:
+            assert float(row["images_per_second"]) > 0
+            assert 0 <= float(row["data_wait"]) <= 1
         assert bool(row["validation_loss"]) == (int(row["step"]) % 2 == 0)
+
+
+def test_the_adapter_names_the_recogniser_of_its_records(whole, inputs):
+    said = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    assert said["recogniser"] == PhotoDataset(Path(inputs[1].partition("path=")[2]), "train").spec.face_backend != ""
 
 
 def test_the_adapter_goes_into_sampling(whole, inputs):
@@ -121,6 +136,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path, capsys):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize(("processes", "name"), [(1, "failed_step_3.npz"), (2, "failed_step_3.process_1.npz")])
+def test_each_process_keeps_its_rows_of_a_batch_that_failed(tmp_path, monkeypatch, processes, name):
+    class Checkpoints:
+        def save(self, state, step):
+            assert (int(state.failed_at), step) == (-1, 3)
+
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "process_index", lambda: processes - 1)
+    state = TrainState(step=jnp.int32(3), adapter={}, ema=None, optimizer=None, failed_at=jnp.int32(3))
+    said = train.save_failure(state, Checkpoints(), {"latent_mean": np.ones((2, 3))}, 3, tmp_path)
+    assert f"its batch is in {tmp_path / name}" in said
+    with np.load(tmp_path / name) as batch:
+        assert batch["latent_mean"].shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [
@@ -154,6 +187,7 @@ def test_a_change_that_is_allowed(inputs, tmp_path, capsys):
     assert run(tmp_path, inputs, "--max-steps", "2", "--allow-change", "--set=optimizer.learning_rate=1e-4") == 0
     said = capsys.readouterr().err
     assert "warning: The run goes on although optimizer.learning_rate was 0.001 and is 0.0001." in said
+    assert said.count("Devices: 1 of 8; processes: 1.\n") == 2
 
 
 def test_resume_none_starts_anew_and_loses_nothing(inputs, tmp_path):
@@ -237,7 +271,12 @@ def test_pictures_and_traces(inputs, tmp_path):
         (["--set=model.path=/nowhere"], "/nowhere does not exist"),
         (["--set=data.path=/nowhere"], "/nowhere"),
         (["--set=run.mesh=data=3"], "does not divide"),
+        (
+            ["--set=run.mesh=data=4", "--set=optimizer.accumulate=4"],
+            "with optimizer.accumulate 4: give a multiple of 16",
+        ),
         (["--set=adapter.face_dim=64"], "has face_dim 32 and the adapter 64"),
+        (["--set=adapter.recogniser=insightface"], "adapter.recogniser is insightface: leave that out"),
     ],
 )
 def test_what_a_user_gets_wrong(inputs, tmp_path, options, says, capsys):
@@ -245,6 +284,43 @@ def test_what_a_user_gets_wrong(inputs, tmp_path, options, says, capsys):
     said = capsys.readouterr().err
     assert says in said
     assert said.count("\n") == 1
+
+
+SLURM = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (SLURM, []),
+        (SLURM | {"SLURM_NTASKS": "16"}, None),  # a task for each GPU
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+    ],
+)
+def test_a_task_a_node_takes_all_of_its_gpus(monkeypatch, environment, expected):
+    for name in (*SLURM, "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.local_devices() == expected
+
+
+def test_slurm_does_not_restrict_jax_to_one_gpu(tmp_path):
+    """By JAX itself a task of SLURM would see the GPU of its number within the node alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    task |= {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": str(port)}
+    program = (
+        "import sys, train; train.start_processes(train.parser().parse_args(sys.argv[1:])); import jax; "
+        "print(jax.config._read('jax_cuda_visible_devices'), jax.process_count(), jax.device_count())"
+    )
+    options = ["--config", "configs/debug.py", "--output-dir", str(tmp_path), "--distributed"]
+    command = [sys.executable, "-c", program, *options]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | task, capture_output=True, text=True)
+    assert done.stdout.split() == ["all", "1", "8"], done.stderr
 
 
 def test_no_output_folder(capsys):

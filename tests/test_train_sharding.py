@@ -92,6 +92,7 @@ def test_two_processes_stop_at_one_step_and_learn_as_one(one_device, inputs, tmp
     assert codes == [128 + signal.SIGTERM] * 2, said
     taken = kill.steps_taken(tmp_path)
     assert said.count(f"Stopped after {taken} steps") == 2
+    assert said.count("Devices: 8 of 8; processes: 2.") == 2
     codes, said = ends(start_two(tmp_path, inputs, max(STEPS, taken)))
     assert codes == [0, 0], said
     np.testing.assert_allclose(losses(tmp_path)[:STEPS], one_device, atol=TOLERANCE, rtol=0)
