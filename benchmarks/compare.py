@@ -208,7 +208,7 @@ def matmul_ceiling(run: Run) -> float:
     b = torch.randn(side, side, dtype=getattr(torch, run.dtype), device="cuda" if run.device == "gpu" else "cpu")
 
     def by_torch() -> None:
-        b @ b
+        torch.matmul(b, b)
         if run.device == "gpu":
             torch.cuda.synchronize()
 
