@@ -72,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
         help="of a whole SDXL, whatever it was saved in: float32 (default), bfloat16, or float16, where the VAE is in "
         "float32; an adapter keeps its own",
     )
+    p.add_argument(
+        "--model-config",
+        type=Path,
+        metavar="DIR",
+        help="configurations and tokenizers of a whole SDXL in a single file that are not SDXL 1.0's",
+    )
     p.add_argument("--data", type=Path, metavar="D", help="the dataset it was trained on, for the model card")
     p.add_argument("--base-model", metavar="ID", help="the base it was trained over or made from, for the model card")
     p.add_argument("--licence", metavar="TEXT", help="under which you give the weights, for the model card")
@@ -84,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     check_paths(args)
     if _is_base(args.checkpoint):
         return export_base(args)
+    if args.model_config is not None:
+        raise InputError("--model-config concerns a whole SDXL in a single file: an adapter has its own configuration.")
     if args.dtype != "float32":
         raise InputError("--dtype concerns a whole SDXL: an adapter keeps the numbers that it has.")
     config, tensors, facts = read_checkpoint(args)
@@ -140,7 +148,7 @@ def export_base(args: argparse.Namespace) -> int:
     kept = " (the VAE in float32, as it overflows in float16)" if args.dtype == "float16" else ""
     kind = f"Stable Diffusion XL in {args.dtype}{kept}"
     print(f"Reading {source} ...")
-    settings, tokenizers = read_settings(source), load_tokenizers(source)
+    settings, tokenizers = read_settings(source, args.model_config), load_tokenizers(source, args.model_config)
     parts = base_parts(source, settings, args.dtype)
     single = f"{name}.safetensors" if args.format == "comfyui" else None
     files = {single: "all of it, in the original layout"} if single else dict(_BASE_FILES)

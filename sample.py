@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infinite_id_jax.command_line import INTERRUPTED, exit_code, keep_compiled
-from infinite_id_jax.errors import InputError, NoFaceError
+from infinite_id_jax.errors import CutPromptWarning, InputError, NoFaceError
 from infinite_id_jax.request import (
     check_options,
     fill_in,
@@ -286,7 +286,8 @@ def draw(
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     # XLA does not come back before a batch ends; in a thread of its own it lets this one hear Ctrl-C.
     worker = ThreadPoolExecutor(1)
-    with tqdm(total=len(batches) * args.steps, unit="step", desc="Drawing") as bar:
+    with tqdm(total=len(batches) * args.steps, unit="step", desc="Drawing") as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutPromptWarning)  # told before the model was loaded
         for number, batch in enumerate(batches):
 
             def show(step: int, before: int = number * args.steps) -> None:

@@ -97,8 +97,6 @@ MEDIA: dict[str, tuple[str, ...]] = {
     "sketch": ("a {} pencil sketch of", "a {} pencil drawing of", "a {} graphite sketch of"),
     "sepia": ("a {} sepia poster of", "an old {} sepia print of", "a {} brown vintage poster of"),
     "dark comic": ("a {} dark comic of", "a {} comic book panel of", "a {} graphic novel drawing of"),
-    "watercolour": ("a {} watercolour of", "a {} watercolour painting of", "a {} painting in watercolours of"),
-    "neon": ("a {} neon sign of", "a {} neon drawing of", "a {} glowing neon picture of"),
 }
 # What a caption may say of who is in the picture; {} is the hair's colour, or nothing.
 LOOKS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -353,16 +351,18 @@ PROMPTS: tuple[tuple[dict[str, str], str, str], ...] = (
         background="city",
     ),
     _prompt(
-        "watercolour",
-        "a watercolour of a person in a purple striped shirt, in the snow",
+        "flat",
+        "a vector drawing of a person in a purple striped shirt, in the snow",
         clothing="striped shirt",
         clothing_colour="purple",
         background="snow",
     ),
-    _prompt("neon", "a neon sign of a person, winking, in a city at night", expression="winking", background="city"),
     _prompt(
-        "watercolour",
-        "a watercolour painting of a person, crying, under water",
+        "sepia", "an old sepia print of a person, winking, in a city at night", expression="winking", background="city"
+    ),
+    _prompt(
+        "flat",
+        "a flat cartoon of a person, crying, under water",
         expression="sad",
         background="sea floor",
     ),

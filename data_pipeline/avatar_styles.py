@@ -111,35 +111,6 @@ def dark_comic(figure: Figure, backdrop: Picture, rng: np.random.Generator) -> P
     return _bytes(steps * np.where(speckled, 0.5, 1.0)[..., None] * (1 - ink[..., None]))
 
 
-def watercolour(figure: Figure, backdrop: Picture, rng: np.random.Generator) -> Picture:
-    """Washes with wandering, darker rims on grained paper."""
-    size = len(figure)
-    image = _composite(figure, backdrop)
-    rows, columns = np.mgrid[0:size, 0:size]
-    moved = [np.rint(0.007 * size * _clouds(rng, size, 14)).astype(int) for _ in range(2)]
-    image = image[np.clip(rows + moved[0], 0, size - 1), np.clip(columns + moved[1], 0, size - 1)]
-    wet = _blur(image, 0.006)
-    rim = np.clip(_edges(_blur(image, 0.006)) * 1.5, 0, 0.4)
-    wash = 1 - (1 - wet) * (0.74 + 0.13 * _clouds(rng, size, 6))[..., None]
-    x, y = _grid(size)
-    fade = np.clip(np.maximum(abs(x), abs(y)) * 8 - 7.3 + 0.5 * _clouds(rng, size, 8), 0, 1)  # to bare paper
-    painted = wash * (1 - rim[..., None])
-    paper = 0.975 + 0.02 * rng.standard_normal(fade.shape).astype(np.float32)
-    return _bytes((painted * (1 - fade[..., None]) + fade[..., None]) * paper[..., None])
-
-
-def neon(figure: Figure, backdrop: Picture, rng: np.random.Generator) -> Picture:
-    """Glowing outlines of full colour in the dark."""
-    image = _composite(figure, backdrop)
-    alpha = _floats(figure[..., 3])
-    vivid = image - 0.75 * image.min(-1, keepdims=True)
-    vivid = vivid / np.maximum(vivid.max(-1, keepdims=True), 0.2)
-    line = np.clip(2.2 * _edges(np.sqrt(image)) * (0.45 + 0.55 * alpha), 0, 1)[..., None]
-    tube = line * (0.25 + 0.75 * _blur(vivid, 0.01))
-    glow = _blur(tube, 0.018) * 1.5 + _blur(tube, 0.045) * 0.9
-    return _bytes(0.02 + 0.10 * vivid * alpha[..., None] + tube + glow * np.array([1.0, 0.9, 1.1], np.float32))
-
-
 STYLES: dict[str, Callable[[Figure, Picture, np.random.Generator], Picture]] = {
     "photo": photo,
     "flat": flat,
@@ -148,8 +119,6 @@ STYLES: dict[str, Callable[[Figure, Picture, np.random.Generator], Picture]] = {
     "sketch": sketch,
     "sepia": sepia,
     "dark comic": dark_comic,
-    "watercolour": watercolour,
-    "neon": neon,
 }
 
 

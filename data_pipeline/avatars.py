@@ -271,8 +271,8 @@ def _figure(person: Person, said: dict[str, str], rng: np.random.Generator) -> s
 def _pose(view: str, rng: np.random.Generator) -> avatar_svg.Pose:
     scale, down = VIEW[view]
     # Small: where a mouth lies by half its height elsewhere each time, a small model draws no mouth for long.
-    scale, degrees = scale * rng.uniform(0.99, 1.01), rng.uniform(-1.5, 1.5)
-    return avatar_svg.Pose(scale, degrees, rng.uniform(-1, 1), down + rng.uniform(-0.5, 0.5))
+    scale, degrees = scale * rng.uniform(0.995, 1.005), rng.uniform(-0.75, 0.75)
+    return avatar_svg.Pose(scale, degrees, rng.uniform(-0.5, 0.5), down + rng.uniform(-0.25, 0.25))
 
 
 def keypoints(prompt_attributes: Scene | Mapping[str, str | None], size: int, seed: int) -> Float[np.ndarray, "5 2"]:
@@ -306,7 +306,7 @@ def attributes(person: Person, scene: Scene | Mapping[str, str | None], style: s
 def _hidden(person: Person, scene: Scene, style: str) -> set[str]:
     """What cannot be told from the picture."""
     hidden = set() if _shows_hair_colour(person) else {"hair_colour"}
-    if style in ("line art", "sketch", "sepia", "neon"):
+    if style in ("line art", "sketch", "sepia"):
         hidden |= {"skin", "hair_colour", "clothing_colour"}
         if scene.background in ("grey", "turquoise", "yellow"):
             hidden.add("background")

@@ -43,6 +43,13 @@ class DivergedError(InputError):
     exit_code = 4
 
 
+class CutPromptWarning(UserWarning):
+    """A prompt is longer than the text encoders read: its end, `cut`, changes nothing."""
+
+    def __init__(self, prompt: str, cut: str):
+        super().__init__(f'the prompt "{prompt[:40]}..." is too long; these words are cut: {cut}')
+
+
 def finite(name: str, value: Any) -> float:
     """`value` as a float. Raises InputError, which calls it `name`, for what is no number or not finite in fp32."""
     try:

@@ -1,6 +1,7 @@
 """What a user imports: the whole of sampling in one class."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike, fspath
@@ -16,7 +17,7 @@ from PIL import Image as PILImage
 
 from infinite_id_jax import conditioning
 from infinite_id_jax.diffusion.samplers import trajectory
-from infinite_id_jax.errors import InputError, finite
+from infinite_id_jax.errors import CutPromptWarning, InputError, finite
 from infinite_id_jax.faces.extract import ExtractedFace, extract_face
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import FaceBackend
@@ -243,11 +244,15 @@ class InfiniteIDPipeline:
         negative_prompt None is zero embeddings, "" is encoded. step_range and layer_range (end exclusive) bound where
         `attention` applies; see `Switches` for the variants. streams: two is Infinite-ID, one the published
         IP-Adapters' own way of sampling. id_scale: a number, or numbers by block in the form of diffusers'
-        `set_ip_adapter_scale`.
+        `set_ip_adapter_scale`. A prompt of more than 75 tokens is cut, with a CutPromptWarning.
         output: pil, numpy (floats in [0, 1]) or latent (no decoding). progress: called with the number of finished
         steps. Raises InputError for values that cannot be used.
         """
         prompts, people = conditioning.checked_prompts(prompts), checked_people(identities, style_merge)
+        negative = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ()
+        for prompt in dict.fromkeys([*prompts, *negative]):
+            if cut := self.cut_words(prompt):
+                warnings.warn(CutPromptWarning(prompt, cut), stacklevel=2)
         switches = Switches(
             streams, attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range
         )

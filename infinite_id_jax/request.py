@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infinite_id_jax.errors import InputError, finite
+from infinite_id_jax.errors import CutPromptWarning, InputError, finite
 from infinite_id_jax.files import miniature
 
 if TYPE_CHECKING:
@@ -193,4 +193,4 @@ def report_cut_words(args: argparse.Namespace, model: Path, texts: Sequence[str]
     for text in dict.fromkeys(texts):
         cut = unseen_words(tokenizers, text)
         if cut:
-            print(f'warning: the prompt "{text[:40]}..." is too long; these words are cut: {cut}', file=sys.stderr)
+            print(f"warning: {CutPromptWarning(text, cut)}", file=sys.stderr)

@@ -156,7 +156,7 @@ def test_what_is_not_drawn_is_not_scored(name, said):
     assert len(pictures) == 1
 
 
-@pytest.mark.parametrize("style", ["line art", "sketch", "sepia", "neon"])
+@pytest.mark.parametrize("style", ["line art", "sketch", "sepia"])
 def test_colours_are_not_scored_without_colour(style):
     labels = attributes(PLAIN, OPEN, style)
     assert {labels[name] for name in ("skin", "hair_colour", "clothing_colour", "background")} == {-1}
@@ -165,11 +165,11 @@ def test_colours_are_not_scored_without_colour(style):
 
 def test_labels_are_the_classes_of_what_is_said():
     scene = Scene(clothing="tuxedo", background="snow")
-    labels = attributes(PLAIN, scene, "watercolour")
+    labels = attributes(PLAIN, scene, "pixel art")
     assert labels.keys() == CLASSES.keys()
     told = {name: CLASSES[name][label] for name, label in labels.items() if label != -1}
     person_ = {name: value for name, value in dataclasses.asdict(PLAIN).items() if name != "nose"}
-    assert told == {**person_, "clothing": "tuxedo", "background": "snow", "style": "watercolour"}
+    assert told == {**person_, "clothing": "tuxedo", "background": "snow", "style": "pixel art"}
     for colour in ("none", "ginger"):
         bald = dataclasses.replace(PLAIN, hair="bald", hair_colour=colour)
         assert attributes(bald, scene, "photo")["hair_colour"] == -1
@@ -240,7 +240,8 @@ def test_keypoints_scale_with_the_picture_and_follow_what_is_drawn_at_random():
     small, large = (keypoints({}, size, 3) for size in (64, 256))
     np.testing.assert_allclose((small + 0.5) * 4, large + 0.5, rtol=1e-5)
     np.testing.assert_array_equal(keypoints({}, 64, 3), keypoints(complete({}, 3), 64, 3))  # the view that is drawn
-    assert abs(keypoints({}, 64, 4) - small).max() > 0.2
+    wandering = np.ptp([keypoints({"view": "portrait"}, 64, seed) for seed in range(16)], axis=0)
+    assert 0.3 < wandering.min() <= wandering.max() < 2  # pixels of 64; 0.5 to 1.2 measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def statistics(image: np.ndarray) -> list[float]:
 
 
 def test_styles_differ_in_their_statistics():
-    """The three nearest of 144 pictures tell the style of 72 others by seven numbers: 64 right, chance 8."""
+    """The three nearest of 112 pictures tell the style of 56 others by seven numbers: 53 right, chance 8."""
     points = np.array(
         [[statistics(render(person(i, "train"), {}, style, 128, i)) for i in range(24)] for style in STYLES]
     )
@@ -277,7 +278,7 @@ def test_styles_differ_in_their_statistics():
         for point in unknown:
             nearest = np.argsort(np.linalg.norm(known - point, axis=-1))[:3] // 16
             right += np.bincount(nearest).argmax() == style
-    assert right > 58
+    assert right > 45
 
 
 def test_a_photograph_has_grain_and_a_drawing_has_none():

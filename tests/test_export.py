@@ -372,6 +372,12 @@ def test_a_base_goes_out_and_comes_back(tiny, unet, tmp_path, capsys):
     assert any(key.startswith("model.diffusion_model.input_blocks.") for key in state)
     assert "Put `sdxl-1.0.safetensors` into" in (tmp_path / "file" / "README.md").read_text()
 
+    single = ("--checkpoint", tmp_path / "file" / "sdxl-1.0.safetensors", "--output", tmp_path / "back")
+    assert run(*single) == 2  # a tiny one
+    assert "name it with --model-config" in capsys.readouterr().err
+    assert run(*single, "--model-config", model) == 0
+    assert_holds(tmp_path / "back" / "unet" / "diffusion_pytorch_model.safetensors", torch_state(unet))
+
 
 def test_a_base_in_half_precision_says_where_it_is_not(tiny, data, tmp_path, capsys):
     options = ("--dtype", "float16", "--data", data)
@@ -479,6 +485,7 @@ def test_each_mistake_gets_one_sentence(tiny, tmp_path, capsys):
         (["--checkpoint", tiny.adapter, "--output", out, "--data", tmp_path / "data"], "no finished dataset"),
         (["--checkpoint", tiny.model, "--output", out, "--data", tmp_path / "data"], "no finished dataset"),
         (["--checkpoint", tiny.adapter, "--output", out, "--dtype", "float16"], "concerns a whole SDXL"),
+        (["--checkpoint", tiny.adapter, "--output", out, "--model-config", tiny.model], "concerns a whole SDXL in a"),
         (["--checkpoint", tiny.model, "--output", out, "--dtype", "int8"], "--dtype int8 is unknown"),
     ):
         assert run(*options) == 2

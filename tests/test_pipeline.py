@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
 from infinite_id_jax.conditioning import initial_noise
-from infinite_id_jax.errors import InputError
+from infinite_id_jax.errors import CutPromptWarning, InputError
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.face_id import FaceIDConfig
 from infinite_id_jax.people import Identity, checked_people
@@ -89,7 +89,11 @@ def test_a_second_text_encoder_projects_even_if_its_file_names_no_class(tiny, tm
 
 def test_words_beyond_the_text_encoders_are_told(pipe):
     assert pipe.cut_words("a man in the snow") == ""
-    assert pipe.cut_words("snow " * 300 + "lighthouse").endswith("lighthouse")
+    long = "snow " * 300 + "lighthouse"
+    assert pipe.cut_words(long).endswith("lighthouse")
+    for prompts in ((long, None), ("a man", long), ("a man", [long])):
+        with pytest.warns(CutPromptWarning, match="too long; .* lighthouse"):
+            pipe(prompts[0], negative_prompt=prompts[1], **FAST)
 
 
 def test_guidance_of_one_is_the_conditional_prediction(pipe, people):
