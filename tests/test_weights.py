@@ -495,6 +495,22 @@ def test_hub_id_offline(hub_id, tmp_path, monkeypatch):
     assert "\n" not in str(refusal.value)
 
 
+def test_the_hub_is_asked_for_half_precision_only_where_there_is_no_other(tmp_path, monkeypatch):
+    whole, half = (f"diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16"))
+    small, wanted = ["model_index.json", "tokenizer/merges.txt"], [f"unet/{whole}", f"vae/{half}"]
+    others = [f"unet/{half}", "unet/openvino_model.bin", "sd_xl_base_1.0.safetensors"]
+    asked = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: [*others, *small, *wanted])
+    assert resolve("owner/name@main") == tmp_path
+    assert asked == [("owner/name", "main", [*small, *wanted])]
+
+
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
     return shutil.copytree(tiny.model, tmp_path / "sdxl")

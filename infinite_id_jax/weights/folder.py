@@ -1,8 +1,9 @@
 """A whole SDXL from a folder in diffusers' layout, from one file in the original layout, or from the hub."""
 
+import fnmatch
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ from infinite_id_jax.weights.single_file import check_single_file, marked_schedu
 M = TypeVar("M", bound=nnx.Module)
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", *_TOKENIZERS, "scheduler")
+_HUB_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
 
@@ -60,16 +62,26 @@ def resolve(source: str | Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
     except ImportError:
         raise MissingExtraError(f"{hub_id} is no local folder, and loading it from the hub", "hub") from None
     name, _, revision = hub_id.partition("@")
-    patterns = ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in (*_PARTS, "image_encoder"))]
+    patterns = ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in _HUB_WEIGHTS)]
+    with suppress(Exception):  # without the network, what was fetched before is asked for next
+        patterns = _needed(HfApi().list_repo_files(name, revision=revision or None))
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: network, authorisation, unknown name
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{hub_id} is no local folder and the hub did not give it: {reason}") from None
+
+
+def _needed(files: Sequence[str]) -> list[str]:
+    """Of a repository: what is small, and each part's weights, in half precision only where there are no others."""
+    small = [file for file in files if file.endswith((".json", ".txt"))]
+    parts = [fnmatch.filter(files, f"{part}/*.safetensors") for part in _HUB_WEIGHTS]
+    full = [[file for file in part if ".fp16" not in file] for part in parts]
+    return small + [file for part, whole in zip(parts, full, strict=True) for file in whole or part]
 
 
 def read_settings(model: Path, config: Path | None = None) -> Settings:
