@@ -80,10 +80,9 @@ def run(args: argparse.Namespace) -> int:
         judged.method(DRAWN, p, partial(judged.drawn, prompt))
     judged.base(study.base_pictures, pipes.draw_base)
     photographs = [p for p, prompt in enumerate(prompts) if prompt.style == "photo"][:INTERPOLATED]
-    if photographs:
+    if photographs and study.interpolation_weights:
         between = partial(pipes.draw_between, prompts)
-        if study.interpolation_weights:
-            judged.between(INTERPOLATION, study.interpolation_weights, between, photographs)
+        judged.between(INTERPOLATION, study.interpolation_weights, between, photographs)
         judged.between(MIXING, [None], between, photographs)
     paths = write_results(study, judged.results(), args.output_dir)
     print(f"Done: {', '.join(map(str, paths))}")
@@ -248,7 +247,7 @@ def encoded(pipe: "InfiniteIDPipeline", person: "Person") -> "Identity":
     try:
         return pipe.encode_identity(person.photo)
     except NoFaceError:
-        raise NoFaceError(f"No face was found in the photo of {person.name}: leave them out of the study.") from None
+        raise NoFaceError(f"No face was found in the photo of {person.name}: take --identities before them.") from None
 
 
 def encoded_smaller(pipe: "InfiniteIDPipeline", person: "Person", by: int, whole: "Identity") -> "Identity":

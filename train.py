@@ -142,8 +142,9 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
     config = with_recogniser(config, loader.dataset.spec.face_backend)
     model = load_model(config, mesh, on_device=loader.dataset.spec.id_features == "on_device")
     program = model.program
+    described = describe_run(config, model, loader, one_batch=args.overfit_batch)
     with (
-        closing(Checkpoints(folder / "checkpoints", run.keep, describe_run(config, model, loader))) as checkpoints,
+        closing(Checkpoints(folder / "checkpoints", run.keep, described)) as checkpoints,
         closing(Profile(folder / "profile", args.profile_steps)) as profile,
     ):
         taken = checkpoints.latest() or 0
@@ -261,7 +262,7 @@ def load_model(config: "TrainConfig", mesh: "Mesh", on_device: bool) -> Model:
     text = None
     if config.method.entangled:
         text = base.text_encoders if base else files.load_text_encoders(folder, settings, **where)
-    vision = Path(config.model.image_encoder or folder / "image_encoder")
+    vision = image_encoder_of(config, folder)
     objective, frozen = make_objective(
         config.method,
         config.adapter,
@@ -275,12 +276,20 @@ def load_model(config: "TrainConfig", mesh: "Mesh", on_device: bool) -> Model:
     return Model(folder, objective, frozen, program, base)
 
 
-def describe_run(config: "TrainConfig", model: Model, loader: "Loader") -> dict[str, Any]:
+def image_encoder_of(config: "TrainConfig", folder: Path) -> Path:
+    """Where the CLIP image encoder is, with the model's folder if the configuration does not say."""
+    return Path(config.model.image_encoder or folder / "image_encoder")
+
+
+def describe_run(config: "TrainConfig", model: Model, loader: "Loader", *, one_batch: bool = False) -> dict[str, Any]:
     """What a checkpoint must agree with: all that changes what is learned."""
     from infinite_id_jax.files import fingerprint
 
     method = dataclasses.asdict(config.method)
     del method["remat"]
+    more: dict[str, Any] = {"one_batch": True} if one_batch else {}
+    if loader.dataset.spec.id_features == "on_device":
+        more["image_encoder"] = fingerprint(image_encoder_of(config, model.folder))
     return {
         "model": fingerprint(model.folder),
         "dtype": config.model.dtype,
@@ -288,6 +297,7 @@ def describe_run(config: "TrainConfig", model: Model, loader: "Loader") -> dict[
         "method": method,
         "optimizer": dataclasses.asdict(config.optimizer),
         "data": loader.identity(),
+        **more,
     }
 
 

@@ -343,20 +343,17 @@ class Sample(NamedTuple):
     seed: int
 
 
-def sample(
-    seed: int, split: str, role: str, *, person_index: int | None = None, people: int | None = None, size: int = 128
-) -> Sample:
+def sample(seed: int, split: str, role: str, *, person_index: int | None = None, size: int = 128) -> Sample:
     """The `seed`-th picture of a split.
 
     `role`: "base" draws any style and scene; "identity" draws photographs, nine of ten without a hat, nine of ten
     without an accessory. The caption says a random part of the scene, hats and accessories always. The person is
-    `person_index`, or a random one of the first `people` (by default of all in PEOPLE). Raises InputError for an
-    unknown split, role or person.
+    `person_index`, or a random one of all in PEOPLE. Raises InputError for an unknown split, role or person.
     """
     check_choice("split", split, PEOPLE)
     check_choice("role", role, _BARE)
     rng = generator("sample", seed, split, role)
-    index = int(rng.random() * (PEOPLE[split] if people is None else people)) if person_index is None else person_index
+    index = int(rng.random() * PEOPLE[split]) if person_index is None else person_index
     someone = person(index, split)
     style = "photo" if role == "identity" else CLASSES["style"][int(rng.random() * len(STYLES))]
     picture = int(rng.random() * 2**53)

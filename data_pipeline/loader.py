@@ -46,7 +46,7 @@ class LoaderConfig:
 
 
 class Loader:
-    """Random access to the batches of a split; `buckets` lists the latent sizes (h, w) that batches may have."""
+    """Random access to the batches of a split."""
 
     def __init__(
         self,
@@ -75,16 +75,6 @@ class Loader:
             cap=config.photos_per_person_cap,
             seed=config.seed,
         )
-        self.buckets = self._pairs.buckets
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which each person is the target min(n, cap) times."""
-        return sum(self._pairs.slots) / self.config.batch_size
-
-    def bucket(self, step: int) -> tuple[int, int]:
-        """The latent size (h, w) of a step's batch."""
-        return self.buckets[self._pairs.bucket(step)[0]]
 
     def identity(self) -> dict[str, Any]:
         """All that decides the batches, for a checkpoint to store and a resumed run to be held to."""

@@ -79,13 +79,16 @@ def write_tokenizer(
 ) -> None:
     """Write vocab.json, merges.txt and the two settings files; SDXL's second tokenizer has `pad_token="!"`.
 
-    `words`, the most frequent first, teach the `count` merges; prompts are cut to `max_length` tokens.
+    `words`, the most frequent first, teach the merges; there are `count` ids for them, some unused where fewer make all
+    words whole. Prompts are cut to `max_length` tokens.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     symbols = list(byte_symbols().values())
     merges = learn_merges(words, count)
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
+    unused = [f"<|unused{i}|>" for i in range(count - len(merges))]
+    ends = [f"{symbol}</w>" for symbol in symbols]
+    tokens = [*symbols, *ends, *("".join(pair) for pair in merges), *unused, BOS, EOS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

@@ -41,8 +41,7 @@ def polish_decoder(folder: Path) -> None:
 
 
 def train_clip(folder: Path) -> None:
-    model = clip.train(folder / "clip", drawn(folder, "base"))
-    vocabulary.write_tokenizers(folder / "model")
+    model = clip.train(folder / "clip", drawn(folder, "base"), vocabulary.tokenizer(folder / "model"))
     save_module(model.vision, folder / "model" / "image_encoder")
     for name, text in zip(TEXT_ENCODERS, model.texts, strict=True):
         save_module(text, folder / "text" / name)
@@ -70,7 +69,7 @@ def train_judge_recogniser(folder: Path) -> None:
 
 
 def train_judge_clip(folder: Path) -> None:
-    model = clip.train_judge(folder / "judge_clip", drawn(folder, "judge"))
+    model = clip.train_judge(folder / "judge_clip", drawn(folder, "judge"), vocabulary.tokenizer(folder / "model"))
     save_module(model.vision, folder / "judges" / "image_encoder")
     save_module(model.texts[0], folder / "judges" / "text_encoder")
 
@@ -113,8 +112,12 @@ def train_adapter(folder: Path, name: str, *settings: str) -> None:
 
 
 def ship(folder: Path) -> None:
-    """Put the model, its judges and both adapters where the package looks for them, in half precision."""
-    shutil.copytree(folder / "model", MINIATURE, dirs_exist_ok=True)
+    """Put the model, its judges and both adapters where the package looks for them, in half precision.
+
+    The index comes last: it says that all is there.
+    """
+    index = "model_index.json"
+    shutil.copytree(folder / "model", MINIATURE, dirs_exist_ok=True, ignore=shutil.ignore_patterns(index))
     shutil.copytree(folder / "judges", MINIATURE / "judges", dirs_exist_ok=True)
     for name in ("adapter", "adapter_entangled"):
         trained = folder / name / "adapter"
@@ -122,6 +125,7 @@ def ship(folder: Path) -> None:
         half = {key: array.astype(np.float16) for key, array in tensors.items()}
         save_tensors(half, MINIATURE / name / "adapter.safetensors")
         shutil.copy(trained / "adapter_config.json", MINIATURE / name / "adapter_config.json")
+    shutil.copy(folder / "model" / index, MINIATURE / index)
 
 
 PARTS: dict[str, Callable[[Path], None]] = {

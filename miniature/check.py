@@ -1,6 +1,6 @@
 """How good the miniature's parts are on people and pictures that nothing was trained on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from infinite_id_jax.faces.miniature import RECOGNISER, MiniatureFaces, aligned,
 from infinite_id_jax.faces.small_resnet import SmallResNetConfig
 from infinite_id_jax.files import save_json
 from infinite_id_jax.identity.features import unit
+from infinite_id_jax.images import shrunk
 from miniature import judges, pictures, vae
 
 _PEOPLE = 200  # among whom somebody is looked for
@@ -26,7 +27,8 @@ def write(folder: Path, drawn: Callable[[str], pictures.Pictures]) -> None:
     base, identity = drawn("base-test"), drawn("identity-test")
     found: dict[str, Any] = {
         "autoencoder": autoencoder(folder / "model" / "vae", base),
-        "detector": detector(MiniatureFaces(folder / "model" / "faces"), base),
+        "detector": detector(MiniatureFaces(folder / "model" / "faces"), base.images, base.keypoints),
+        **{f"detector_{by}": smaller(MiniatureFaces(folder / "model" / "faces"), identity, by) for by in (2, 4, 8)},
         "recogniser": rank_1(folder / "model" / "faces" / "recogniser.safetensors", RECOGNISER, identity),
         "judge_recogniser": rank_1(folder / "judges" / "recogniser.safetensors", judges.RECOGNISER, identity),
         "judge_attributes": attributes(folder / "judges" / "attributes.safetensors", base),
@@ -52,10 +54,15 @@ def autoencoder(folder: Path, drawn: pictures.Pictures) -> dict[str, float]:
     }
 
 
-def detector(faces: MiniatureFaces, drawn: pictures.Pictures) -> dict[str, float]:
+def smaller(faces: MiniatureFaces, drawn: pictures.Pictures, by: int) -> dict[str, float]:
+    """The same of photographs with the detail of a `by`-th of their size."""
+    return detector(faces, [shrunk(image, by) for image in drawn.images[: _PEOPLE * 2]], drawn.keypoints)
+
+
+def detector(faces: MiniatureFaces, images: Sequence[np.ndarray], keypoints: np.ndarray) -> dict[str, float]:
     """The share of faces that are found, and how many pixels their points miss by."""
     missed = []
-    for image, points in zip(drawn.images, drawn.keypoints, strict=True):
+    for image, points in zip(images, keypoints, strict=False):
         found = faces.detect(image)
         missed.append(np.linalg.norm(found[0].keypoints - points, axis=1).mean() if found else np.nan)
     return {"found": float(np.mean(~np.isnan(missed))), "pixels": float(np.nanmean(missed))}

@@ -54,7 +54,7 @@ SECOND = dataclasses.replace(
     architectures=("CLIPTextModelWithProjection",),
 )
 BUDGET = Budget(steps=1000, batch_size=96, learning_rate=1e-3)
-# The judge sees other pictures, of other people, in other pieces.
+# The judge sees other pictures, in other pieces.
 JUDGE_VISION = dataclasses.replace(VISION, num_hidden_layers=3, image_size=128, patch_size=16)
 _LENGTH = 44  # tokens in training: later positions are padding, which causal attention hides from a text's end
 
@@ -83,16 +83,16 @@ class Contrast(nnx.Module):
         return unit(self.vision(pixels).image_embeds), [unit(x) for x in projected]
 
 
-def train(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> Contrast:
+def train(folder: Path, drawn: pictures.Pictures, tokenize: CLIPTokenizer, budget: Budget = BUDGET) -> Contrast:
     """The image encoder and both text encoders of the miniature."""
     model = Contrast(VISION, (FIRST, SECOND), rngs=nnx.Rngs(1))
-    return _train(model, folder, drawn, budget, head_crop, softest=8.0, seed=2)
+    return _train(model, folder, drawn, tokenize, budget, head_crop, softest=8.0, seed=2)
 
 
-def train_judge(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> Contrast:
+def train_judge(folder: Path, drawn: pictures.Pictures, tokenize: CLIPTokenizer, budget: Budget = BUDGET) -> Contrast:
     """One that is shown no photograph of an eighth of the size: what it judges is drawn whole."""
     model = Contrast(JUDGE_VISION, (SECOND,), rngs=nnx.Rngs(11))
-    return _train(model, folder, drawn, budget, face_crop, softest=1.6, seed=12)
+    return _train(model, folder, drawn, tokenize, budget, face_crop, softest=1.6, seed=12)
 
 
 def head_crop(image: UInt8[np.ndarray, "s s 3"], keypoints: np.ndarray, size: int) -> Crop:
@@ -110,6 +110,7 @@ def _train(
     model: Contrast,
     folder: Path,
     drawn: pictures.Pictures,
+    tokenize: CLIPTokenizer,
     budget: Budget,
     crop: Callable[[np.ndarray, np.ndarray, int], Crop],
     *,
@@ -117,7 +118,6 @@ def _train(
     seed: int,
 ) -> Contrast:
     """On whole pictures and, as often, what `crop` cuts of them; one in four from a smaller one, down to `softest`."""
-    tokenize = vocabulary.tokenizer(folder)
     size = model.vision.config.image_size
 
     def batch_at(step: int) -> Batch:

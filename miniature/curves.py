@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.miniature import config
 from infinite_id_jax.files import replacing
 
@@ -27,13 +29,10 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def minutes(lines: list[dict[str, Any]], batch_size: int) -> float:
     """What a training took: of each run, which began at some step, the longest time; or by images a second."""
-    if "images_per_second" in lines[0]:
-        before = 0.0
-        total = 0.0
-        for line in lines:
-            total += (line["step"] - before) * batch_size / line["images_per_second"]
-            before = line["step"]
-        return total / 60
+    rates = [line for line in lines if "images_per_second" in line]  # a first step, with its compilation, has none
+    if rates:
+        steps = np.diff([0, *(line["step"] for line in rates)])
+        return float(sum(n * batch_size / line["images_per_second"] for n, line in zip(steps, rates, strict=True))) / 60
     runs: dict[int, float] = {}
     for line in lines:
         began = line.get("began", 0)

@@ -138,9 +138,11 @@ def train_detector(folder: Path, drawn: pictures.Pictures, budget: Budget = DETE
 
 
 def _placed(image: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A picture cut, or set into a border, at random: what the detector sees, and the points in parts of it from -0.5
-    to 0.5."""
+    """A picture cut, or set into a border, at random, one in three with the detail of a smaller one: what the detector
+    sees, and the points in parts of it from -0.5 to 0.5."""
     height, width = image.shape[:2]
+    if rng.random() < 0.33:
+        image = softened(image, int(height / rng.uniform(1.3, 8)))
     if rng.random() < 0.5:
         cut = rng.integers(0, 14, size=4)
         image, points = image[cut[0] : height - cut[1], cut[2] : width - cut[3]], points - np.array([cut[2], cut[0]])

@@ -7,9 +7,9 @@ from data_pipeline.avatar_captions import LOOKS, MEDIA, WORDS
 from examples.tiny_vocabulary import EOS, WORD_LIST, write_tokenizer
 from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
 
-MAX_LENGTH = 64  # tokens of a prompt; no caption has more than 50
-_MERGES = 1500  # more than it takes to make every word below one token
-SIZE = 1408  # ids: of bytes, merges, and the two specials
+MAX_LENGTH = 64  # tokens of a prompt; no caption has more than 55
+_MERGES = 894  # at least as many as it takes to make every word below one token
+SIZE = 2 * 256 + _MERGES + 2  # ids: of bytes, merges, and the two specials
 
 
 def words() -> list[str]:
@@ -26,8 +26,8 @@ def write_tokenizers(folder: Path) -> None:
         write_tokenizer(folder / name, pad_token, words=words(), count=_MERGES, max_length=MAX_LENGTH)
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """The first of them, written below `folder` where it is not yet."""
-    if not (folder / "tokenizer").is_dir():
-        write_tokenizers(folder)
-    return CLIPTokenizer.from_folder(folder / "tokenizer")
+def tokenizer(model: Path) -> CLIPTokenizer:
+    """The first of a model folder, both written where they are not yet: words that come later get no ids of others."""
+    if not (model / "tokenizer_2").is_dir():
+        write_tokenizers(model)
+    return CLIPTokenizer.from_folder(model / "tokenizer")

@@ -25,7 +25,7 @@ from infinite_id_jax.weights.load import load_module
 from miniature import clip, judges, pictures
 
 _OTHERS = 6  # photos of a person beside the one that is given
-_BATCH = 50
+_BATCHES = (1, 5, 50)  # sizes that the networks are compiled for
 _LOOKS = ("skin", "hair", "hair_colour", "facial_hair", "brows", "nose", "glasses")
 
 
@@ -94,8 +94,9 @@ class MiniatureWorld:
         return avatars.render(avatars.Person(**person.look), said, prompt.style, pictures.SIZE, int(person.name))
 
     def judge(self, pictures: Pictures) -> Seen:
-        """What the judges see, in batches of one size."""
-        parts = [self._judge(pictures[start : start + _BATCH]) for start in range(0, len(pictures), _BATCH)]
+        """What the judges see, in batches of few sizes."""
+        most = _BATCHES[-1]
+        parts = [self._judge(pictures[start : start + most]) for start in range(0, len(pictures), most)]
         attributes = {name: [value for part in parts for value in part.attributes[name]] for name in avatars.CLASSES}
         arrays = {
             name: np.concatenate([getattr(part, name) for part in parts])
@@ -105,7 +106,8 @@ class MiniatureWorld:
 
     def _judge(self, images: Pictures) -> Seen:
         count = len(images)
-        padded = np.concatenate([images, np.repeat(images[-1:], _BATCH - count, axis=0)])
+        size = next(size for size in _BATCHES if size >= count)
+        padded = np.concatenate([images, np.repeat(images[-1:], size - count, axis=0)])
         found = [self._faces.detect(image) for image in padded]
         there = np.array([bool(faces) for faces in found])
         empty = np.zeros((judges.RECOGNISER.size,) * 2 + (3,), np.uint8)
@@ -146,15 +148,12 @@ class MiniatureWorld:
         return _shown(replace(avatars.person(0, "test"), facial_hair="none"), prompt)[0]
 
     def chance(self) -> dict[str, float]:
-        """Of people and of what is drawn where a prompt leaves it open."""
-        people = [avatars.person(i, "test") for i in range(1000)]
-        scenes = [avatars.complete({}, i) for i in range(1000)]
-        shares = {"style": 1 / len(avatars.CLASSES["style"])}
-        for rows in (people, scenes):
-            for name in asdict(rows[0]):
-                values = [getattr(row, name) for row in rows]
-                values = [value for value in values if value in avatars.CLASSES[name]]
-                shares[name] = max(values.count(value) for value in set(values)) / len(values)
+        """Of 1,000 test people."""
+        people, shares = [avatars.person(i, "test") for i in range(1000)], {}
+        for name in _LOOKS:
+            values = [getattr(person, name) for person in people]
+            values = [value for value in values if value in avatars.CLASSES[name]]
+            shares[name] = max(values.count(value) for value in set(values)) / len(values)
         return shares
 
 

@@ -428,5 +428,4 @@ def test_samples_of_one_person():
     again = render(person(7, "test"), photos[0].scene, photos[0].style, 32, photos[0].seed)
     np.testing.assert_array_equal(photos[0].image, again)
     assert sample(0, "train", "identity", size=32).scene != photos[0].scene  # the splits share nothing
-    assert {sample(i, "test", "base", people=3, size=32).person for i in range(20)} == {0, 1, 2}
     assert avatar_captions.generator("a", 1).random() != avatar_captions.generator("a", 2).random()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from infinite_id_jax.errors import InputError
+from infinite_id_jax.evaluation import claims
 from infinite_id_jax.evaluation.metrics import (
     Estimate,
     Scores,
@@ -117,6 +118,21 @@ def test_a_difference_is_over_the_people_both_scored():
     estimate = difference(table(a, names_a), table(b, names_b), "x")  # c has no score on one side
     assert estimate.value == pytest.approx((1 + 2 + 7) / 3 - (0 + 1 + 5) / 3)
     assert np.isnan(difference(table(a, names_a), table(b, people(4)), "x")).all()  # nobody in common
+
+
+def test_claims_pair_the_pictures_that_both_were_scored_on():
+    """Where one method's face was never found in a prompt, that prompt says nothing of the other either."""
+
+    def rows(scores):
+        keys = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+        return [
+            {"method": "m", "identity": i, "group": i, "prompt": p, "x": x}
+            for (i, p), x in zip(keys, scores, strict=True)
+        ]
+
+    estimate = claims._paired(rows([0.8, None, 0.8, 0.5]), rows([0.8, 0.4, 0.8, 0.4]), "x")
+    assert estimate.value == pytest.approx(0.1 / 3)
+    assert np.isnan(claims._paired(rows([1, None, 1, None]), rows([None, 1, None, 1]), "x")).all()
 
 
 def test_people_who_share_noise_are_drawn_together():

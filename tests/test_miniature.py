@@ -35,7 +35,7 @@ from infinite_id_jax.faces import small_resnet
 from infinite_id_jax.faces.backends import get_backend
 from infinite_id_jax.faces.extract import extract_face
 from infinite_id_jax.faces.miniature import DETECTOR, RECOGNISER, TEMPLATE, MiniatureFaces, aligned, network, squared
-from infinite_id_jax.faces.protocol import FaceBackend
+from infinite_id_jax.faces.protocol import Face, FaceBackend
 from infinite_id_jax.faces.small_resnet import SmallResNetConfig
 from infinite_id_jax.images import shrunk
 from infinite_id_jax.request import fill_in
@@ -46,7 +46,7 @@ from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
 from infinite_id_jax.weights.folder import describe_base, load_base, load_image_encoder, resolve
 from infinite_id_jax.weights.load import abstract, load_module
 from miniature import __main__ as program
-from miniature import check, clip, faces, identities, judges, pictures, polish, unet, vae, vocabulary
+from miniature import check, clip, curves, faces, identities, judges, pictures, polish, unet, vae, vocabulary
 from miniature import fit as fit_module
 from miniature.fit import Budget, fit
 from miniature.world import MiniatureWorld
@@ -231,6 +231,7 @@ def tokenizers(tmp_path_factory):
 
 
 def test_every_word_of_the_world_is_one_token(tokenizers):
+    """What is left of the ids stays unused, so that the end of a text has one id whatever the words."""
     folder, first, _ = tokenizers
     assert all(len(first.backend.encode(word).ids) == 1 for word in vocabulary.words())
     assert len(read_json(folder / "tokenizer" / "vocab.json")) == vocabulary.SIZE
@@ -251,10 +252,10 @@ def test_the_two_tokenizers_differ_in_their_padding(tokenizers):
 
 
 def test_captions_fit(tokenizers):
-    """The longest of 3,000 that say all there is has 54 tokens; prompts 22."""
+    """The longest of 3,000 that say all there is has 55 tokens; prompts 22."""
     lengths = []
     for seed in range(3000):
-        style = avatars.CLASSES["style"][seed % 9]
+        style = avatars.CLASSES["style"][seed % 7]
         scene, someone = avatars.complete({}, seed), avatars.person(seed, "test")
         labels = np.array(list(avatars.attributes(someone, scene, style).values()))
         lengths.append(with_looks(caption(scene, style, seed), clip.visible(labels), seed))
@@ -494,9 +495,10 @@ def dot_near(image, place, radius):
     return (light * x).sum() / light.sum(), (light * y).sum() / light.sum()
 
 
-def test_the_detectors_training_pictures_hold_the_points_where_it_says():
-    """Cut or in a border, a dot lies within 0.4 px of 64 of what it is trained on."""
-    shapes = set()
+def test_the_detectors_training_pictures_hold_the_points_where_it_says(monkeypatch):
+    """Cut or in a border, a dot lies within 0.4 px of 64 of what it is trained on; one in three would be soft."""
+    shapes, softer = set(), []
+    monkeypatch.setattr(faces, "softened", lambda image, side: softer.append(side) or image)
     for seed in range(40):
         for k in (0, 3, 4):
             small, points = faces._placed(dotted((128, 128), POINTS[k], 30), POINTS, np.random.default_rng(seed))
@@ -505,6 +507,8 @@ def test_the_detectors_training_pictures_hold_the_points_where_it_says():
             np.testing.assert_allclose(dot_near(small, place, 5), place, atol=0.6)
         shapes.add(bool((small == 30).all(-1)[0, 0]))
     assert shapes == {True, False}  # both kinds were drawn
+    assert 20 < len(softer) < 60  # of 120
+    assert 128 / 8 - 1 <= min(softer) < max(softer) <= 128 / 1.3
 
 
 def test_pictures_without_a_face_say_so(drawn_folder):
@@ -830,13 +834,13 @@ def test_the_world_asks_for_what_a_right_picture_shows(untrained):
         avatars.person(1, "test"), {"hat": "none", "accessory": "none", **beach.attributes}, beach.style, 128, 1
     )
     np.testing.assert_array_equal(world.drawn(people[1], beach), again)
-    for prompt in world.random_prompts(18):
+    for prompt in world.random_prompts(14):
         assert {"clothing", "clothing_colour", "expression", "background", "view"} <= prompt.attributes.keys()
         assert "none" not in prompt.attributes.values()
-    assert {prompt.style for prompt in world.random_prompts(18)} == set(avatars.CLASSES["style"])
+    assert {prompt.style for prompt in world.random_prompts(14)} == set(avatars.CLASSES["style"])
     for name, share in world.chance().items():
         assert 1 / len(avatars.CLASSES[name]) <= share < 0.8
-    assert set(world.chance()) == set(avatars.CLASSES)
+    assert set(world.chance()) == set(avatars.IDENTITY)
     with pytest.raises(InputError, match=f"{avatars.PEOPLE['test']} test people"):
         world.people(avatars.PEOPLE["test"] + 1)
     with pytest.raises(InputError, match="20 prompts"):
@@ -876,6 +880,44 @@ def test_the_judges_accuracy_is_of_what_shows(untrained, drawn_folder):
     count = len(drawn.images)
     assert found.pop("skin") == pytest.approx(1 - (-(-count // 2) - 1) / (count - 1))
     assert set(found.values()) == {1.0}
+
+
+def test_the_detector_is_checked_on_smaller_photos(drawn_folder, monkeypatch):
+    drawn, seen = pictures.read(drawn_folder, "identity"), []
+
+    class Found:
+        def detect(self, image):
+            seen.append(image)
+            return (
+                [Face((0.0, 0.0, 1.0, 1.0), 1.0, drawn.keypoints[len(seen) - 1] + [3.0, 4.0])] if len(seen) > 1 else []
+            )
+
+    monkeypatch.setattr(check, "_PEOPLE", 4)
+    found = check.smaller(Found(), drawn, 4)
+    assert found == {"found": pytest.approx(7 / 8), "pixels": pytest.approx(5)}
+    np.testing.assert_array_equal(seen[3], shrunk(drawn.images[3], 4))
+
+
+def test_costs_and_curves_of_all_parts(tmp_path):
+    """Of two runs of one part, and of an adapter whose first line, with its compilation, has no rate."""
+    lines = [
+        {"step": 50, "began": 0, "seconds": 30.0, "loss": 2.0},
+        {"step": 100, "began": 0, "seconds": 60.0, "loss": 1.5},
+        {"step": 150, "began": 100, "seconds": 45.0, "loss": 1.25},
+    ]
+    for name in ("vae", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "vae" / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "adapter" / "metrics.csv").write_text(
+        "step,loss,images_per_second\n1,0.9,\n51,0.8,10\n101,0.7,5\n101,,\n"
+    )
+    assert curves.main(tmp_path, tmp_path / "curves.png", tmp_path / "costs.csv") == 0
+    assert (tmp_path / "costs.csv").read_text().splitlines() == [
+        "part,steps,minutes,loss at the end",
+        "adapter,101,8.1,0.7",  # 51 steps of 32 at 10 images a second, 50 at 5
+        "vae,150,1.8,1.25",
+    ]
+    assert Image.open(tmp_path / "curves.png").width > 500
 
 
 def test_missing_judges_are_one_sentence(untrained, tmp_path):

@@ -221,11 +221,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(inputs, tmp_path):
     assert run(tmp_path, inputs, "--max-steps", "3") == 0
 
 
-def test_overfit_batch_repeats_the_first_batch(whole, inputs, tmp_path):
+def test_overfit_batch_repeats_the_first_batch(whole, inputs, tmp_path, capsys):
     assert run(tmp_path, inputs, "--max-steps", "2", "--overfit-batch") == 0
     same, usual = rows(tmp_path), rows(whole)
     assert same[0]["loss"] == usual[0]["loss"]
     assert same[1]["loss"] != usual[1]["loss"]
+    assert run(tmp_path, inputs, "--max-steps", "3") == 2  # or the rest would go on from what one batch taught
+    assert "one_batch" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):

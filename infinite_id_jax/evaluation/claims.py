@@ -35,18 +35,27 @@ def _both(claim: Claim, rows: Sequence[Row]) -> set[int]:
 
 
 def _difference(claim: Claim, rows: Sequence[Row], study: StudyConfig) -> dict[str, Any]:
-    """Paired over the prompts and the people that both methods have."""
+    """Paired over the prompts and the people that both methods have, and the pictures that both were scored on."""
     shared = _both(claim, rows)
     chosen = [row for row in of_kind(rows, claim.prompts) if row["prompt"] in shared]
-    a, b = (as_scores([row for row in chosen if row["method"] == name]) for name in (claim.first, claim.second))
-    if claim.metric not in a.values or claim.metric not in b.values:
+    a, b = ([row for row in chosen if row["method"] == name] for name in (claim.first, claim.second))
+    if not all(any(claim.metric in row for row in side) for side in (a, b)):
         raise InputError(f"{claim.first} and {claim.second} have no {claim.metric}: take a metric of images.csv.")
-    entry = _entry(claim, difference(a, b, claim.metric))
+    entry = _entry(claim, _paired(a, b, claim.metric))
     if claim.metric == "m_face":
-        entry["no_face_zero"] = list(difference(a, b, WHERE_NO_FACE_IS_ZERO))
+        entry["no_face_zero"] = list(_paired(a, b, WHERE_NO_FACE_IS_ZERO))
     adapters = {method.name: method.adapter for method in study.methods}
     trained = {adapters[name] for name in (claim.first, claim.second) if name in adapters}
     return {**entry, "note": ONE_RUN} if len(trained) > 1 else entry
+
+
+def _paired(a: Sequence[Row], b: Sequence[Row], metric: str) -> Estimate:
+    scored = [{(row["identity"], row["prompt"]): row for row in side if row.get(metric) is not None} for side in (a, b)]
+    both = scored[0].keys() & scored[1].keys()  # a face that one side alone lost would weigh its prompt on the other
+    if not both:
+        return Estimate(np.nan, np.nan, np.nan)
+    first, second = (as_scores([row for key, row in side.items() if key in both]) for side in scored)
+    return difference(first, second, metric)
 
 
 def _entry(claim: Claim, estimate: Estimate) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class StudyConfig:
     identities: int = 100
     prompts: int = 20
     group: int = 4  # identities that one text row serves; they share its noise, so intervals draw whole groups
-    interpolation_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    interpolation_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # (): nobody in between, and no mixtures
     base_pictures: int = 400  # of random prompts, for the base alone
     base_bars: tuple[float, float] = (0.97, 0.9)  # of prompted attributes by the base alone: their mean, each
     half_way: tuple[str, ...] = ()  # attributes of the identity to keep half-way between guessing and the judge

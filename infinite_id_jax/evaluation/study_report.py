@@ -158,7 +158,11 @@ def _drawn(study: StudyConfig, rows: Rows) -> list[str]:
 
 def _comparison(study: StudyConfig, rows: Rows, titles: Mapping[str, str]) -> list[Section]:
     whole = [m.name for m in study.methods if m.photo is not None and m.style is not None]
-    there = [name for name in whole if any(row["method"] == name for row in rows)]
+    there = [
+        name
+        for name in whole
+        if all(any(row["method"] == name and row[metric] is not None for row in rows) for metric in tables.FIDELITY)
+    ]
     if len(there) < 2:
         return []
     points = {titles[name]: point for name, point in tables.fidelity_and_semantics(rows, there).items()}

@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 """A picture's scores: method, identity and group, prompt, style, file, and a number for each metric that it has."""
 
 NAMES = ("method", "identity", "group", "prompt", "style", "text", "file")
+FIDELITY = ("m_face", "clip_i")
 WHERE_NO_FACE_IS_ZERO = "m_face_no_face_zero"
 
 
@@ -58,7 +59,7 @@ def with_zero_for_no_face(rows: Iterable[Row]) -> list[Row]:
 def fidelity_and_semantics(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, tuple[Estimate, Estimate]]:
     """Fig. 9: {method: (CLIP-T, mean z-score of M_Face and CLIP-I)}."""
     scores = as_scores([row for row in rows if row["method"] in methods])
-    axis = identity_fidelity(scores, ("m_face", "clip_i"))
+    axis = identity_fidelity(scores, FIDELITY)
     return {name: (interval(scores.of(name).values["clip_t"], scores.of(name).cluster), axis[name]) for name in methods}
 
 

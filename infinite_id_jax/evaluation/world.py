@@ -84,5 +84,5 @@ class World(Protocol):
         ...
 
     def chance(self) -> dict[str, float]:
-        """The share of the most frequent value of each attribute."""
+        """The share of the most frequent value of each attribute of a person: what guessing gets right."""
         ...
