@@ -5,7 +5,6 @@ import csv
 import gc
 import importlib.resources
 import os
-import re
 import shutil
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from infinite_id_jax.command_line import exit_code
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.files import save_json, write_folder
+from infinite_id_jax.files import is_hub_id, save_json, write_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 RUNTIME, ALIAS = "infinite_id_diffusers.py", "pipeline.py"
 LONGEST_NAME = 240  # in bytes; file systems take 255, and what is being written is called ".NAME.partial"
 FORMATS = ("infinite_id", "diffusers", "comfyui")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?")
 _OF_PICTURES = ("image_encoder", "feature_extractor")  # which a base is sampled with, and is whole without
 _BASE_FILES = {
     "unet/, vae/, text_encoder/, text_encoder_2/": "the models",
@@ -113,7 +111,7 @@ def check_paths(args: argparse.Namespace) -> None:
         if not above.is_dir():
             raise InputError(f"--output {output} lies below {above}, which is no folder: name another place.")
         if not checkpoint.exists():
-            of_the_hub = _HUB_ID.fullmatch(str(checkpoint)) and not checkpoint.parent.is_dir()
+            of_the_hub = is_hub_id(str(checkpoint)) and not checkpoint.parent.is_dir()
             cure = ", or download it from the hub first: only local files are exported" if of_the_hub else ""
             raise InputError(f"--checkpoint {checkpoint} does not exist: check the path{cure}.")
         if not (checkpoint.is_file() or checkpoint.is_dir()):

@@ -9,11 +9,11 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infinite_id_jax.command_line import INTERRUPTED, exit_code, keep_compiled
+from infinite_id_jax.command_line import exit_code, keep_compiled
 from infinite_id_jax.errors import CutPromptWarning, InputError, NoFaceError
 from infinite_id_jax.request import (
     check_options,
@@ -25,7 +25,7 @@ from infinite_id_jax.request import (
 )
 
 if TYPE_CHECKING:
-    from infinite_id_jax import Identity, InfiniteIDPipeline
+    from infinite_id_jax import Identity, InfiniteIDPipeline, Output
     from infinite_id_jax.faces.extract import ExtractedFace
     from infinite_id_jax.output_folder import OutputFolder, Row
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check all that can be checked, then load, encode, denoise and save."""
+    from infinite_id_jax.people import checked_people
+
     fill_in(args)
     prompts = read_prompts(args)
     check_options(args)
@@ -57,15 +59,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"Dry run: no weights were loaded and nothing was written to {args.output_dir}.")
         return 0
     folder.probe()
-    pipe = None
+    pipe, identities = None, []
     if todo:
         keep_compiled()
         pipe = load_pipeline(args, model)
+        identities = checked_people(encode(pipe, args, faces), args.style_merge)
     folder.prepare(rows)  # now that nothing is left to be refused
     if args.save_aligned:
         save_aligned(faces, Path(args.adapter), folder.path)
     if pipe is not None:
-        draw(pipe, encode(pipe, args, faces), args, todo, folder)
+        draw(pipe, identities, args, todo, folder)
     heads = _pictures(faces) if folder.columns == len(faces) else []
     print(f"Done: {', '.join(map(str, folder.finish(rows, heads)))}")
     return 0
@@ -102,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
     p.add_argument("--width", type=int)
     p.add_argument("--scheduler", default="ddim", help="ddim, euler or dpm++ (default ddim)")
-    p.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts drawn at once (default 1)")
+    p.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts and seeds drawn at once (default 1)")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: bfloat16 off the CPU")
     p.add_argument("--quantization", default="none", help="8-bit products in the U-Net: int8 or float8 (default none)")
     p.add_argument("--mesh", metavar="data=1,fsdp=1,tensor=1", help="divide the work over devices")
@@ -198,6 +201,7 @@ def plan(
     """The folder and the rows of images to be."""
     from infinite_id_jax.files import fingerprint
     from infinite_id_jax.output_folder import OutputFolder, Row
+    from infinite_id_jax.weights.lora import files_of
 
     settings = {
         **method_options(args),
@@ -207,7 +211,7 @@ def plan(
         "id_weights": args.id_weights,
         "model": fingerprint(model),
         "model_config": None if args.model_config is None else fingerprint(Path(args.model_config)),
-        "lora": [[fingerprint(Path(file)), scale] for file, scale in args.lora],
+        "lora": [[*map(fingerprint, files_of(Path(file))), scale] for file, scale in args.lora],
         "adapter": fingerprint(Path(args.adapter)),
         "image_encoder": fingerprint(image_encoder_folder(args, model)),
         "faces": [_digest(face) for face in faces],
@@ -288,17 +292,22 @@ def draw(
     worker = ThreadPoolExecutor(1)
     with tqdm(total=len(batches) * args.steps, unit="step", desc="Drawing") as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", CutPromptWarning)  # told before the model was loaded
-        for number, batch in enumerate(batches):
 
-            def show(step: int, before: int = number * args.steps) -> None:
-                bar.update(before + step - bar.n)
+        def start(number: int) -> "Future[Output]":
+            def show(step: int) -> None:
+                bar.update(number * args.steps + step - bar.n)
 
-            padded = batch + batch[-1:] * (size - len(batch))
+            padded = batches[number] + batches[number][-1:] * (size - len(batches[number]))
             prompts, seeds = [row.prompt for row in padded], [row.seed for row in padded]
             options = {"seed": seeds, "progress": show if reports else None, **method_options(args)}
-            out = worker.submit(pipe, prompts, identities, **options).result()
-            show(args.steps)
-            images = list(out.images or ())
+            return worker.submit(pipe, prompts, identities, **options)
+
+        coming = start(0)
+        for number, batch in enumerate(batches, start=1):
+            images = list(coming.result().images or ())
+            bar.update(number * args.steps - bar.n)
+            if number < len(batches):
+                coming = start(number)  # it is drawn while these are saved
             for p, row in enumerate(batch):
                 folder.save(row, images[p * len(identities) : (p + 1) * len(identities)])
 
@@ -347,7 +356,7 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     code = main()
-    if code == INTERRUPTED:
+    if code:
         sys.stdout.flush()
-        os._exit(code)  # without waiting for the batch that was interrupted
+        os._exit(code)  # without waiting for the batch that is under way
     sys.exit(code)

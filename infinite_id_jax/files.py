@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 from infinite_id_jax.errors import InputError
 
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?")
 MINIATURE = Path(__file__).parent / "miniature"
 
 
@@ -22,6 +24,16 @@ def miniature() -> Path:
             "(`python -m miniature FOLDER`), or name another model."
         )
     return MINIATURE
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this reads like owner/name or owner/name@revision."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def image_encoder_beside(model: Path) -> Path:
+    """Where a model's CLIP image encoder is looked for: in its folder, or beside its single file."""
+    return (model if model.is_dir() else model.parent) / "image_encoder"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_
 
 _ROWS_PER_GRID = 40
 _IMAGES, _GRID, _MANIFEST = "prompt*-seed*-id*.png", re.compile(r"grid(-\d+)?\.png"), "manifest.json"
+_ALIGNED = re.compile(r"aligned\d+-(clip|recogniser)\.png")  # of --save-aligned
 SOFTWARE = "infinite_id_jax"
 
 
@@ -72,7 +73,8 @@ class OutputFolder:
             for stale in [*self._of_other_runs(rows), *self._ends()]:
                 stale.unlink(missing_ok=True)
             for left in self.path.glob(".*.partial"):  # by a run that was killed
-                if left.name[1:].rsplit(".", 2)[0] in names:
+                name = left.name[1:].rsplit(".", 2)[0]
+                if name in names or _GRID.fullmatch(name) or _ALIGNED.fullmatch(name):
                     left.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error.strerror) from None

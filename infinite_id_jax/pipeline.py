@@ -21,6 +21,7 @@ from infinite_id_jax.errors import CutPromptWarning, InputError, finite
 from infinite_id_jax.faces.extract import ExtractedFace, extract_face
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import FaceBackend
+from infinite_id_jax.files import image_encoder_beside
 from infinite_id_jax.identity import encoder
 from infinite_id_jax.identity.config import Switches, check_reach, checked_range
 from infinite_id_jax.identity.features import FaceFeatures
@@ -56,6 +57,16 @@ class Output(NamedTuple):
     text_stream_latents: Float[np.ndarray, "P h w c"] | None
 
 
+class _Reporter:
+    """Tells of a step to whoever wants to hear of it now. Compiled programs hold this, and with it no pipeline."""
+
+    call: Callable[[int], None] | None = None
+
+    def __call__(self, step: Any) -> None:
+        if self.call is not None:
+            self.call(int(step) + 1)
+
+
 class InfiniteIDPipeline:
     """Infinite-ID on SDXL. Make one with `from_pretrained`."""
 
@@ -82,7 +93,7 @@ class InfiniteIDPipeline:
             inject(base.unet, adapter)
         self._unet = nnx.split(base.unet)
         self._sample = jax.jit(sample_streams, static_argnums=0, donate_argnames="noise")
-        self._progress: Callable[[int], None] | None = None
+        self._reporter = _Reporter()
 
     @classmethod
     def from_pretrained(
@@ -125,11 +136,11 @@ class InfiniteIDPipeline:
         loaded = load_base(model, config=settings, dtype=dtype, sharding=sharding)
         for file, update in updates.items():
             if merge_lora:
-                loaded = lora_files.merge_lora(loaded, update, scales[file])
+                loaded = lora_files.merge_lora(loaded, update, scales[file], donate=True)
             else:
                 loaded = lora_files.attach_lora(loaded, update, file, scales[file])
         quantize(loaded.unet, quantization)
-        vision = Path(image_encoder or (model if model.is_dir() else model.parent) / "image_encoder")
+        vision = Path(image_encoder or image_encoder_beside(model))
         return cls(
             loaded,
             None if adapter is None else load_adapter(Path(adapter), loaded.unet, dtype=dtype, sharding=sharding),
@@ -181,6 +192,8 @@ class InfiniteIDPipeline:
             return self._identity(source)
         if isinstance(source, ExtractedFace):
             face = source
+            if face.recogniser:
+                adapter.config.check_recogniser(face.recogniser, len(face.embedding))
         else:
             adapter.config.check_recogniser(self.faces.name, self.faces.embedding_dim)
             face = extract_face(open_photo(source), self.faces, face_index=face_index)
@@ -269,7 +282,7 @@ class InfiniteIDPipeline:
         layout = Layout(len(prompts), len(people), halves)
         if single or shared:
             layout = Layout(len(prompts) * len(people), 0 if single else 1, halves)
-        self._progress = progress
+        self._reporter.call = progress
         program = Program(
             unet=self._unet[0],
             switches=switches,
@@ -279,7 +292,7 @@ class InfiniteIDPipeline:
             guidance_range=guided,
             cache_interval=cache_interval,
             batch=None if self.mesh is None else batch_sharding(self.mesh),
-            report=self._report if progress is not None else None,
+            report=self._reporter if progress is not None else None,
         )
         noise = conditioning.initial_noise(len(prompts), shape, seed, latents)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):  # kernels are divided by it
@@ -304,11 +317,6 @@ class InfiniteIDPipeline:
             final = ended.identity if people else ended.text
             conditioning.check_finite(final)
             return Output(self._images(final, output), final, ended.text)
-
-    def _report(self, step: Any) -> None:
-        """One callable for every call, so that a new progress bar compiles nothing."""
-        if self._progress is not None:
-            self._progress(int(step) + 1)
 
     def _require_adapter(self) -> IdentityAdapter:
         if self.adapter is None:

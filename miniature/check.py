@@ -1,6 +1,6 @@
 """How good the miniature's parts are on people and pictures that nothing was trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def smaller(faces: MiniatureFaces, drawn: pictures.Pictures, by: int) -> dict[st
     return detector(faces, [shrunk(image, by) for image in drawn.images[: _PEOPLE * 2]], drawn.keypoints)
 
 
-def detector(faces: MiniatureFaces, images: Sequence[np.ndarray], keypoints: np.ndarray) -> dict[str, float]:
+def detector(faces: MiniatureFaces, images: Iterable[np.ndarray], keypoints: np.ndarray) -> dict[str, float]:
     """The share of faces that are found, and how many pixels their points miss by."""
     missed = []
     for image, points in zip(images, keypoints, strict=False):

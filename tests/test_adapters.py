@@ -23,6 +23,7 @@ from infinite_id_jax.identity.inject import IdentityAdapter, block_names, eject,
 from infinite_id_jax.identity.scales import layer_scales
 from infinite_id_jax.stable_diffusion.config import UNetConfig
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
+from infinite_id_jax.weights import infinite_id_diffusers
 from infinite_id_jax.weights.adapter import (
     find_adapter,
     load_adapter,
@@ -374,6 +375,19 @@ def test_releases_of_full_size_fit_with_nothing_left_over(family, torch_sdxl, tm
     assert expected == shapes
     with ExitStack() as stack:
         check_keys(expected, open_tensors(file, stack), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("faceid-plusv2_sdxl", 2), ("faceid-plus-v2", 2), ("Plus_V2", 2), ("my-plus-faceid-plusv2", 2), ("mine", 2),
+     ("faceid-plus_sd15", 1), ("faceid-plus_v1", 1)],
+)  # fmt: skip
+def test_the_version_of_face_id_plus_is_told_by_the_name(name, version, torch_sdxl, tmp_path):
+    """Alike here and in the runtime that is exported; the files' keys and shapes are the same."""
+    shapes = published.shapes("faceid_plusv2", torch_sdxl, published.Sizes())
+    file = write_header(tmp_path / f"{name}.safetensors", shapes)
+    assert f"FaceID-Plus V{version}" in read_adapter_config(file).describe()
+    assert infinite_id_diffusers.is_version_1(file) == (version == 1)
 
 
 def test_the_order_of_files_is_that_of_the_releases():

@@ -283,7 +283,7 @@ def test_a_picture_of_somebody_else_is_not_overwritten(tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_removed(run):
-    for name in (ROWS[0].file(0), "manifest.json", "notes"):
+    for name in (ROWS[0].file(0), "manifest.json", "grid-2.png", "aligned0-clip.png", "notes"):
         (run.path / f".{name}.4711.partial").touch()
     run.prepare(ROWS)
     assert [path.name for path in run.path.glob(".*")] == [".notes.4711.partial"]

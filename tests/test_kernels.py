@@ -220,6 +220,8 @@ def test_cudnn_is_asked_for_what_it_has_kernels_for(mesh, monkeypatch):
     cases = {  # what is asked for, and whether the plain form is left for some queries at a time
         "cudnn": heads(4, 300, 2, 64),
         "one row": heads(1, 64, 2, 64),
+        "rows left over": heads(6, 64, 2, 64),
+        "heads left over": heads(4, 64, 3, 64),
         "vae": heads(4, 300, 2, 512),
         "fp32": heads(4, 64, 2, 64, dtype=jnp.float32),
     }
@@ -228,7 +230,8 @@ def test_cudnn_is_asked_for_what_it_has_kernels_for(mesh, monkeypatch):
         if mesh:
             stack.enter_context(jax.set_mesh(make_mesh(mesh)))
         found = {name: (asked.clear(), jax.jit(dot_product_attention)(*xs), asked[:])[1:] for name, xs in cases.items()}
-    expected = {"cudnn": ["cudnn"], "one row": [None if mesh else "cudnn"], "vae": [], "fp32": [None]}
+    expected = {name: ["cudnn"] for name in ("cudnn", "one row", "rows left over")}
+    expected |= {"heads left over": [None if mesh else "cudnn"], "vae": [], "fp32": [None]}
     assert {name: calls for name, (_, calls) in found.items()} == expected
     for name, xs in cases.items():
         assert largest_error(found[name][0].astype(jnp.float32), plain(*xs).astype(jnp.float32)) < 2e-2, name

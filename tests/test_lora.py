@@ -29,7 +29,7 @@ from infinite_id_jax.weights.export import torch_state
 from infinite_id_jax.weights.folder import StableDiffusionXL, load_base, load_text_encoders, read_settings
 from infinite_id_jax.weights.keys import key_map
 from infinite_id_jax.weights.load import abstract
-from infinite_id_jax.weights.lora import LoRA, attach_lora, merge_lora, read_lora
+from infinite_id_jax.weights.lora import LoRA, attach_lora, files_of, merge_lora, read_lora
 from infinite_id_jax.weights.settings import SDXL
 from tests import reference_torch
 
@@ -439,6 +439,9 @@ def test_alphas_of_peft(reference, tiny, tmp_path, config):
         if hasattr(layer, "get_delta_weight")
     }
     plain = kernels(reference.base)
+    own = tmp_path / "adapter_model.safetensors"
+    assert files_of(own) == [own, tmp_path / "adapter_config.json"]  # both say what a picture looks like
+    assert files_of(tmp_path / "pytorch_lora_weights.safetensors") == [tmp_path / "pytorch_lora_weights.safetensors"]
     for file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         lora = read_lora(tmp_path / file, reference.base)
         merged = kernels(merge_lora(reference.base, lora))

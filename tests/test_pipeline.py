@@ -1,7 +1,10 @@
 """What a user calls: order, seeds, batches, compilation, adapters and errors."""
 
+import dataclasses
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from safetensors.torch import save_file
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
 from infinite_id_jax.conditioning import initial_noise
 from infinite_id_jax.errors import CutPromptWarning, InputError
+from infinite_id_jax.faces.extract import ExtractedFace
+from infinite_id_jax.faces.protocol import Face
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.face_id import FaceIDConfig
 from infinite_id_jax.people import Identity, checked_people
@@ -290,14 +295,40 @@ def test_embeddings_of_another_recogniser_are_refused():
     """Of as many numbers: only the name tells."""
     for config, known, other in (
         (FaceIDConfig(), "insightface/buffalo_l", "insightface/antelopev2"),
-        (AdapterConfig(recogniser="miniature", face_dim=128), "miniature", "mtcnn_dlib"),
+        (AdapterConfig(recogniser="miniature", face_dim=128), "miniature", "offline"),
     ):
         config.check_recogniser(known, config.face_dim)
         config.check_recogniser("of one's own", config.face_dim)
         with pytest.raises(InputError, match=f"of {known}, which those of {other} cannot be compared with"):
             config.check_recogniser(other, config.face_dim)
-    AdapterConfig(face_dim=128).check_recogniser("mtcnn_dlib", 128)
+    AdapterConfig(face_dim=128).check_recogniser("offline", 128)
     assert AdapterConfig.from_dict(AdapterConfig(recogniser="miniature").to_dict()).recogniser == "miniature"
+
+
+def test_a_face_says_which_recogniser_saw_it(tiny, tmp_path):
+    """As a photo does, in whatever pipeline it was found."""
+    folder = shutil.copytree(tiny.adapter, tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recogniser": "miniature"}))
+    pipe = InfiniteIDPipeline.from_pretrained(tiny.model, folder)
+    crop, numbers = np.zeros((224, 224, 3), np.uint8), np.ones(pipe.adapter.config.face_dim, np.float32)
+    face = ExtractedFace(Face((0.0, 0.0, 9.0, 9.0), 1.0, np.zeros((5, 2))), 1, crop, crop, crop, numbers, "offline")
+    with pytest.raises(InputError, match="of miniature, which those of offline cannot be compared with"):
+        pipe.encode_identity(face)
+    for name in ("miniature", ""):
+        pipe.encode_identity(dataclasses.replace(face, recogniser=name))
+
+
+def test_a_pipeline_that_told_of_its_steps_can_be_forgotten(tiny):
+    """Compiled programs stay, and hold what they call."""
+    told = []
+    pipe = InfiniteIDPipeline.from_pretrained(tiny.model)
+    pipe("a man", progress=told.append, **FAST)
+    assert told == [1, 2]
+    gone = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
 
 
 def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):

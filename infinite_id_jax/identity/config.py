@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "text_stream": ("own", "shared"),
     "pooled_text": ("prompt", "zeros"),
 }
-RECOGNISERS = ("insightface", "mtcnn_dlib", "miniature")  # a backend of another name may be any of them
+RECOGNISERS = ("insightface", "offline", "miniature")  # a backend of another name may be any of them
 CLIP_MAPPERS = ("mlp", "resampler", "none")
 
 
@@ -144,7 +144,7 @@ class EncoderConfig:
             raise InputError(
                 f"The adapter was trained on face embeddings of {self.needs.face_dim} numbers and the face backend "
                 f"{name} gives {embedding_dim}: choose the backend it was trained with (insightface gives 512, "
-                "mtcnn_dlib 128)."
+                "offline 128)."
             )
         known = self.trained_recogniser
         if self.needs.face_dim and known is not None and name != known and name.partition("/")[0] in RECOGNISERS:

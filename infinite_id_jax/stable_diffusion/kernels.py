@@ -22,6 +22,7 @@ _FLASH_TOKENS = 2048  # queries from which a TPU takes tiles: SDXL's 64 x 64 at 
 _FLASH_HEAD = 64  # numbers of a head: those of other models, and the VAE's, are left to XLA
 _TILE = 512  # of queries and keys
 _FUSED_HEAD = 128  # numbers of a head, a multiple of 8, that cuDNN takes on every GPU from Ampere on
+_AMPERE = 8  # its compute capability
 _WEIGHTS = 2**24  # of one head that are held at once where no kernel spares them: SDXL's at 1024 px
 _ROW_AXES, _HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of the mesh (sharding.py)
 
@@ -53,7 +54,16 @@ def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
 
 def _fused(q: Array) -> bool:
     """Whether cuDNN has a kernel for these heads; it has none for the VAE's one head of 512."""
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= _FUSED_HEAD and q.shape[-1] % 8 == 0
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and q.shape[-1] <= _FUSED_HEAD and q.shape[-1] % 8 == 0 and _from_ampere_on()
+
+
+def _from_ampere_on() -> bool:
+    """Whether the GPU is of a generation that the kernels are for; those compiled for elsewhere are."""
+    if compiling_for.value:
+        return True
+    generation = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]
+    return generation.isdigit() and int(generation) >= _AMPERE
 
 
 def _in_tiles(q: Array, k: Array) -> bool:
@@ -62,21 +72,27 @@ def _in_tiles(q: Array, k: Array) -> bool:
     return many and q.shape[-1] == _FLASH_HEAD and not (q.shape[1] % _TILE or k.shape[1] % _TILE)
 
 
+def _devices(axes: Sequence[str]) -> int:
+    """Over how many devices of the mesh these axes divide."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.get(axis, 1) for axis in axes)
+
+
 def _divides(q: Array) -> bool:
-    """Whether each device of the mesh has whole rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, heads = (math.prod(mesh.shape.get(axis, 1) for axis in axes) for axes in (_ROW_AXES, _HEAD_AXES))
-    return not (q.shape[0] % rows or q.shape[2] % heads)
+    """Whether each device of the mesh has whole heads."""
+    return q.shape[2] % _devices(_HEAD_AXES) == 0
 
 
 def _on_each_device(attend: Callable[..., Array], q: Array, k: Array, v: Array) -> Array:
     """A kernel on each device for its rows and heads: the compiler divides none by itself, or only where queries and
-    keys lie alike. The mesh is the one of `jax.set_mesh`, if any."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    keys lie alike. The mesh is the one of `jax.set_mesh`, if any. Where there are fewer rows than devices (one stream's
+    of a small batch), or some are left over, the last devices work on rows of zeros."""
+    if jax.sharding.get_abstract_mesh().empty:
         return attend(q, k, v)
+    more = -len(q) % _devices(_ROW_AXES)
+    filled = (jnp.pad(x, ((0, more), (0, 0), (0, 0), (0, 0))) if more else x for x in (q, k, v))
     place = jax.sharding.PartitionSpec(_ROW_AXES, None, _HEAD_AXES)
-    return jax.shard_map(attend, in_specs=(place, place, place), out_specs=place, check_vma=False)(q, k, v)
+    divided = jax.shard_map(attend, in_specs=(place, place, place), out_specs=place, check_vma=False)
+    return divided(*filled)[: len(q)]
 
 
 def _attend_in_tiles(*heads: Array) -> Array:

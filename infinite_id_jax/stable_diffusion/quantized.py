@@ -36,15 +36,16 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
         qwix, kernel = _qwix(), self.kernel[...]
-        rows = qwix.quantize(x, kernel.dtype, channelwise_axes=tuple(range(x.ndim - 1)))
+        # Scales are of fp32: the sums of products that they multiply are beyond float16 and finer than bfloat16.
+        rows = qwix.quantize(x.astype(jnp.float32), kernel.dtype, channelwise_axes=tuple(range(x.ndim - 1)))
         over = (((x.ndim - 1,), (0,)), ((), ()))
-        y = qwix.dot_general(rows, qwix.QArray(kernel, self.scale[...]), over)
+        y = qwix.dot_general(rows, qwix.QArray(kernel, self.scale[...]), over).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 @partial(jax.jit, static_argnames="kind")  # one program for each shape, and there are few
 def _by_outputs(kernel: Array, kind: str) -> Any:
-    return _qwix().quantize(kernel, KINDS[kind], channelwise_axes=(1,))
+    return _qwix().quantize(kernel.astype(jnp.float32), KINDS[kind], channelwise_axes=(1,))
 
 
 def checked_kind(kind: str) -> str:

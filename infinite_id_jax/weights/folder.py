@@ -1,7 +1,6 @@
 """A whole SDXL from a folder in diffusers' layout, from one file in the original layout, or from the hub."""
 
 import fnmatch
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from flax import nnx
 
 from infinite_id_jax.errors import InputError, MissingExtraError
-from infinite_id_jax.files import miniature
+from infinite_id_jax.files import is_hub_id, miniature
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel
 from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig
@@ -25,7 +24,6 @@ M = TypeVar("M", bound=nnx.Module)
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", *_TOKENIZERS, "scheduler")
 _HUB_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
 
 class StableDiffusionXL(NamedTuple):
@@ -55,7 +53,7 @@ def resolve(source: str | Path) -> Path:
         raise InputError(
             f"{source} is no model: give a folder in diffusers' layout, or one .safetensors file in the original one."
         )
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.parent.is_dir():
+    if isinstance(source, Path) or not is_hub_id(source) or path.parent.is_dir():
         raise InputError(f"The model folder {source} does not exist: check the path, or give a hub id owner/name.")
     return _download(source)
 

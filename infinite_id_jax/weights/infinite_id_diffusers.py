@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -123,6 +124,12 @@ class Adapter(dict[str, Tensor]):
         return F.layer_norm(x, x.shape[-1:], self[f"{name}.weight"], self[f"{name}.bias"])
 
 
+def is_version_1(path: Path) -> bool:
+    """Whether a FaceID-Plus is the first, which nothing but the file's name tells."""
+    name = path.name.lower()
+    return "plus" in name and not re.search("plus[-_ ]?v2", name)
+
+
 def read_adapter(path: str | Path) -> Adapter:
     """An adapter folder, or a published .safetensors file. ValueError for what is damaged or something else."""
     path, config = Path(path), {}
@@ -133,8 +140,7 @@ def read_adapter(path: str | Path) -> Adapter:
         if path.is_dir():
             config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
             path = path / "adapter.safetensors"
-        version_1 = "plus" in path.name.lower().replace("plusv2", "")  # FaceID-Plus as published
-        config = {SHORTCUT: None if version_1 else 1.0} | config
+        config = {SHORTCUT: None if is_version_1(path) else 1.0} | config
         with safe_open(path, framework="pt") as file:
             adapter = Adapter({key: file.get_tensor(key) for key in sorted(file.keys())}, config)
             types, metadata = {key: file.get_slice(key).get_dtype() for key in adapter}, file.metadata() or {}

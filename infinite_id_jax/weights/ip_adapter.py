@@ -124,7 +124,9 @@ def _face_id_plus(shapes: _Shapes, width: int) -> PublishedConfig:
         face_hidden=shapes.size("proj.0.weight", 0),
         tokens=shapes.size("proj.2.weight", 0) // width,
         clip_dim=shapes.size("perceiver_resampler.proj_in.weight", 1),
-        shortcut_scale=None if "plus" in name and "plusv2" not in name else 1.0,
+        shortcut_scale=None
+        if "plus" in name and not re.search("plus[-_ ]?v2", name)
+        else 1.0,  # V1 and V2 have one shape
         **shapes.perceiver("perceiver_resampler."),
     )
 

@@ -56,7 +56,6 @@ _RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\.layers\.(\d+)\.mlp\.fc_out\.", r".layers.\1.1.3."),
     # Their files count attention processors, attn1 and attn2 in turn; identities live in every attn2.
     (r"^ip_adapter\.(\d+)\.", lambda match: f"ip_adapter.{2 * int(match[1]) + 1}."),
-    (r"^lora\.(\d+)\.to_out\.0_lora", r"ip_adapter.\1.to_out_lora"),
     (r"^lora\.", "ip_adapter."),
 )
 

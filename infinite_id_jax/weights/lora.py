@@ -136,24 +136,31 @@ def read_lora(path: Path, base: StableDiffusionXL) -> LoRA:
     return lora
 
 
-def merge_lora(base: StableDiffusionXL, lora: LoRA, scale: float = 1.0) -> StableDiffusionXL:
-    """The base with kernels W + scale alpha/rank up down (LoRA, Sec. 4.1), summed in fp32; the rest is shared."""
+def merge_lora(base: StableDiffusionXL, lora: LoRA, scale: float = 1.0, *, donate: bool = False) -> StableDiffusionXL:
+    """The base with kernels W + scale alpha/rank up down (LoRA, Sec. 4.1), summed in fp32; the rest is shared.
+
+    donate: each new kernel takes the old one's memory, and `base` cannot be used any more.
+    """
+    summed_in = _summed_in_place if donate else _summed
 
     def merged(layer: Layer, update: Update) -> Layer:
         frozen = innermost(layer)
         kernel = frozen.kernel[...]
         down, up = (_beside(x, kernel, "float32") for x in update[:2])
-        summed = _summed(kernel, down, up, scale * update.ratio)
-        frozen.kernel = nnx.Param(jax.device_put(summed, kernel.sharding))
+        where = kernel.sharding
+        summed = summed_in(kernel, down, up, scale * update.ratio)
+        frozen.kernel = nnx.Param(jax.device_put(summed, where))
         return layer
 
     return _changed(base, lora, merged)
 
 
-@jax.jit
-def _summed(kernel: Array, down: Array, up: Array, factor: Scalar) -> Array:
+def _sum(kernel: Array, down: Array, up: Array, factor: Scalar) -> Array:
     change = jnp.tensordot(down, up, 1, precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + factor * change).astype(kernel.dtype)
+
+
+_summed, _summed_in_place = jax.jit(_sum), jax.jit(_sum, donate_argnums=0)
 
 
 def attach_lora(base: StableDiffusionXL, lora: LoRA, name: str, scale: float = 1.0) -> StableDiffusionXL:
@@ -320,11 +327,17 @@ def _number(alpha: Any) -> float:
     return float(alpha)
 
 
+def files_of(path: Path) -> list[Path]:
+    """A LoRA's file, and PEFT's configuration beside one of PEFT's own, which says how strong it is."""
+    config = path.with_name("adapter_config.json")
+    return [path, config] if path.name.startswith("adapter_model") and config.is_file() else [path]
+
+
 def _settings(path: Path) -> dict[str, Any]:
     """PEFT's configuration: in the header of a file that diffusers wrote, or in a file beside one of PEFT's own."""
-    config = path.with_name("adapter_config.json")
-    if path.name.startswith("adapter_model") and config.is_file():
-        return read_json(config)
+    _, *config = files_of(path)
+    if config:
+        return read_json(config[0])
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="numpy") as file:
