@@ -44,9 +44,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: the study's)")
     p.add_argument("--group", type=int, metavar="N", help="identities that one text row serves (default: the study's)")
     p.add_argument("--methods", nargs="+", metavar="NAME", help="only these of the study's methods, and their claims")
+    p.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="draw the I-th of N parts, beside others")
     p.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="another folder for an adapter")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
+
+
+def part(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", i from 1 to n."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is no part: give I/N, such as 1/2 and, in another process, 2/2.")
+    return int(number), int(of)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     people, prompts = world.people(study.identities), world.prompts(study.prompts)
     settle(study, world, people, prompts, args.output_dir)
     keep_compiled()
-    judged = Judged(world, people, prompts, study.group, args.output_dir)
+    judged = Judged(world, people, prompts, study.group, args.output_dir, args.part)
     pipes = Pipelines(study, people)
     for method in tqdm(study.methods, "methods", unit="method"):
         for p, prompt in enumerate(tqdm(prompts, method.name, unit="prompt", leave=False)):
@@ -84,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
         between = partial(pipes.draw_between, prompts)
         judged.between(INTERPOLATION, study.interpolation_weights, between, photographs)
         judged.between(MIXING, [None], between, photographs)
+    if args.part != (1, 1):
+        print(f"Part {args.part[0]} of {args.part[1]} is drawn: when all are, the same command without --part sums up.")
+        return 0
     paths = write_results(study, judged.results(), args.output_dir)
     print(f"Done: {', '.join(map(str, paths))}")
     return 0

@@ -26,7 +26,7 @@ from infinite_id_jax.weights.load import load_module
 from miniature import clip, pictures
 from miniature.fit import Batch, Budget, fit_module, rows
 
-BUDGET = Budget(steps=6900, batch_size=32, learning_rate=1e-3, average=0.9985)
+BUDGET = Budget(steps=6500, batch_size=32, learning_rate=1e-3, average=0.9985)
 # v, not the noise: what a small network misses of the noise where little else is left (t = 850) is ten times as much of
 # the picture, and there it is decided what the picture shows. Sampling starts at the last timestep: before it, where
 # more of a picture is expected, noise alone is taken for one in grey (Lin et al. 2023).

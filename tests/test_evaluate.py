@@ -448,6 +448,26 @@ def test_scores_that_are_missing_alone_are_taken_again(config, finished, calls, 
     assert (folder / "metrics.json").read_bytes() == (finished[0] / "metrics.json").read_bytes()
 
 
+def test_parts_that_processes_draw_beside_each_other_make_the_whole(config, finished, calls, capsys, tmp_path):
+    drawn = []
+    for part in ("1/2", "2/2"):
+        calls.clear()
+        assert run(config, tmp_path, "--part", part) == 0
+        assert f"Part {part[0]} of 2 is drawn" in capsys.readouterr().out
+        assert not (tmp_path / "metrics.json").exists()
+        drawn.append(len(calls))
+    assert min(drawn) > 0
+    assert sum(drawn) == len(finished[1])
+    calls.clear()
+    assert run(config, tmp_path) == 0
+    assert not calls
+    assert (tmp_path / "metrics.json").read_bytes() == (finished[0] / "metrics.json").read_bytes()
+    for wrong in ("0/2", "3/2", "half"):
+        with pytest.raises(SystemExit, match="2"):
+            run(config, tmp_path, "--part", wrong)
+        assert "is no part: give I/N" in capsys.readouterr().err
+
+
 def test_an_interrupted_study_goes_on_where_it_stopped(config, finished, calls, capsys, tmp_path):
     """Ctrl-C while the second prompt of the second adapter is judged."""
     LittleWorld.judged, LittleWorld.interrupt_at = 0, 3 + 5 + 5 * (3 + 2 + 2)

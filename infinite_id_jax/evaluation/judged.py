@@ -41,10 +41,18 @@ class Results(NamedTuple):
 class Judged:
     """The scores of a study. What the folder already holds is not drawn again."""
 
-    def __init__(self, world: World, people: list[Person], prompts: list[Prompt], group: int, folder: Path) -> None:
-        """`group` neighbouring people share the noise of a prompt."""
+    def __init__(
+        self,
+        world: World,
+        people: list[Person],
+        prompts: list[Prompt],
+        group: int,
+        folder: Path,
+        part: tuple[int, int] = (1, 1),
+    ) -> None:
+        """`group` neighbouring people share the noise of a prompt; part (i, n) draws the i-th of n parts alone."""
         self.world, self.people, self.prompts, self.folder = world, people, prompts, folder
-        self._group = group
+        self._group, self._part = group, part
         self._texts = world.judge_texts([prompt.text for prompt in prompts])
         self._base_prompts: list[Prompt] = []
         self._scored: list[tuple[str, int]] = []
@@ -73,7 +81,7 @@ class Judged:
         """Score a method's pictures of everybody in prompt `p`; `more` gives each person's row further columns."""
         self._scored.append((name, p))
         path = self._path(name, p)
-        if path.is_file():
+        if self._is_drawn(path, p):
             return
         images = draw()
         seen = self.world.judge(images)
@@ -121,11 +129,11 @@ class Judged:
         """Score the base alone on `count` prompts that say all, and its judge on the world's own pictures of them."""
         prompts = self.world.random_prompts(count)
         self._base_prompts = prompts
-        for start in tqdm(range(0, count, batch), "base", unit="batch"):
+        for number, start in enumerate(tqdm(range(0, count, batch), "base", unit="batch")):
             some = prompts[start : start + batch]
             path = self._path(BASE, start)
             self._others.append((BASE, start))
-            if path.is_file():
+            if self._is_drawn(path, number):
                 continue
             images = draw(some, start)
             seen = self.world.judge(images)
@@ -153,7 +161,7 @@ class Judged:
         for first in tqdm(range(0, len(self.people) - 1, 2), name, unit="pair"):
             self._others.append((name, first))
             path = self._path(name, first)
-            if path.is_file():
+            if self._is_drawn(path, first // 2):
                 continue
             rows = []
             for p in prompts:
@@ -203,6 +211,11 @@ class Judged:
             judged_by=self.world.judges,
             judges=_judges([row for row in rows if row["method"] == DRAWN]),
         )
+
+    def _is_drawn(self, path: Path, number: int) -> bool:
+        """Whether the scores are there, or another process is to make them."""
+        part, parts = self._part
+        return path.is_file() or number % parts != part - 1
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / "scores" / name / f"{number:04}.json"
