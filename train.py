@@ -199,6 +199,7 @@ class Model(NamedTuple):
     frozen: "Frozen"
     program: "TrainProgram"
     base: "StableDiffusionXL | None"  # whole, where samples are to be drawn
+    vision: Path | None  # where the CLIP image encoder is from, if features are made on the device
 
 
 def open_data(config: "TrainConfig", mesh: "Mesh") -> "Feeds":
@@ -262,7 +263,7 @@ def load_model(config: "TrainConfig", mesh: "Mesh", on_device: bool) -> Model:
     text = None
     if config.method.entangled:
         text = base.text_encoders if base else files.load_text_encoders(folder, settings, **where)
-    vision = image_encoder_of(config, folder)
+    vision = Path(config.model.image_encoder or folder / "image_encoder")
     objective, frozen = make_objective(
         config.method,
         config.adapter,
@@ -273,23 +274,16 @@ def load_model(config: "TrainConfig", mesh: "Mesh", on_device: bool) -> Model:
         text=text,
     )
     program = TrainProgram(objective, config.adapter, config.optimizer, frozen, mesh, config.run.seed)
-    return Model(folder, objective, frozen, program, base)
-
-
-def image_encoder_of(config: "TrainConfig", folder: Path) -> Path:
-    """Where the CLIP image encoder is, with the model's folder if the configuration does not say."""
-    return Path(config.model.image_encoder or folder / "image_encoder")
+    return Model(folder, objective, frozen, program, base, vision if on_device else None)
 
 
 def describe_run(config: "TrainConfig", model: Model, loader: "Loader", *, one_batch: bool = False) -> dict[str, Any]:
     """What a checkpoint must agree with: all that changes what is learned."""
     from infinite_id_jax.files import fingerprint
 
-    method = dataclasses.asdict(config.method)
-    del method["remat"]
+    method = {name: value for name, value in dataclasses.asdict(config.method).items() if name != "remat"}
     more: dict[str, Any] = {"one_batch": True} if one_batch else {}
-    if loader.dataset.spec.id_features == "on_device":
-        more["image_encoder"] = fingerprint(image_encoder_of(config, model.folder))
+    more |= {"image_encoder": fingerprint(model.vision)} if model.vision else {}
     return {
         "model": fingerprint(model.folder),
         "dtype": config.model.dtype,

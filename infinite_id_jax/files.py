@@ -31,11 +31,6 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def image_encoder_beside(model: Path) -> Path:
-    """Where a model's CLIP image encoder is looked for: in its folder, or beside its single file."""
-    return (model if model.is_dir() else model.parent) / "image_encoder"
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, renamed onto it at the end; removed if anything fails.

@@ -21,7 +21,6 @@ from infinite_id_jax.errors import CutPromptWarning, InputError, finite
 from infinite_id_jax.faces.extract import ExtractedFace, extract_face
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import FaceBackend
-from infinite_id_jax.files import image_encoder_beside
 from infinite_id_jax.identity import encoder
 from infinite_id_jax.identity.config import Switches, check_reach, checked_range
 from infinite_id_jax.identity.features import FaceFeatures
@@ -41,6 +40,7 @@ from infinite_id_jax.weights.adapter import check_adapter, load_adapter, save_ad
 from infinite_id_jax.weights.folder import (
     StableDiffusionXL,
     describe_base,
+    image_encoder_beside,
     load_base,
     load_image_encoder,
     resolve,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infinite_id_jax.errors import CutPromptWarning, InputError, finite
-from infinite_id_jax.files import image_encoder_beside, miniature
+from infinite_id_jax.files import miniature
 
 if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
@@ -152,6 +152,8 @@ def image_encoder_folder(args: argparse.Namespace, model: Path) -> Path:
     """Where the CLIP image encoder is: in the model's folder, or beside its single file."""
     if args.image_encoder is not None:
         return Path(args.image_encoder)
+    from infinite_id_jax.weights.folder import image_encoder_beside
+
     return image_encoder_beside(model)
 
 

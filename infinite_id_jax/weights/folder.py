@@ -82,6 +82,11 @@ def _needed(files: Sequence[str]) -> list[str]:
     return small + [file for part, whole in zip(parts, full, strict=True) for file in whole or part]
 
 
+def image_encoder_beside(model: Path) -> Path:
+    """Where a model's CLIP image encoder is looked for: in its folder, or beside its single file."""
+    return (model if model.is_dir() else model.parent) / "image_encoder"
+
+
 def read_settings(model: Path, config: Path | None = None) -> Settings:
     """The configurations of an SDXL, checked against the header of a file. Raises InputError for another family.
 
