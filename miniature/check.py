@@ -56,13 +56,14 @@ def autoencoder(folder: Path, drawn: pictures.Pictures) -> dict[str, float]:
 
 def smaller(faces: MiniatureFaces, drawn: pictures.Pictures, by: int) -> dict[str, float]:
     """The same of photographs with the detail of a `by`-th of their size."""
-    return detector(faces, [shrunk(image, by) for image in drawn.images[: _PEOPLE * 2]], drawn.keypoints)
+    count = 2 * _PEOPLE
+    return detector(faces, [shrunk(image, by) for image in drawn.images[:count]], drawn.keypoints[:count])
 
 
 def detector(faces: MiniatureFaces, images: Iterable[np.ndarray], keypoints: np.ndarray) -> dict[str, float]:
     """The share of faces that are found, and how many pixels their points miss by."""
     missed = []
-    for image, points in zip(images, keypoints, strict=False):
+    for image, points in zip(images, keypoints, strict=True):
         found = faces.detect(image)
         missed.append(np.linalg.norm(found[0].keypoints - points, axis=1).mean() if found else np.nan)
     return {"found": float(np.mean(~np.isnan(missed))), "pixels": float(np.nanmean(missed))}

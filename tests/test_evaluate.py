@@ -353,6 +353,9 @@ def test_bounds_and_baselines_are_what_the_world_is(finished):
     others = LittleWorld().judge(np.concatenate([person.others for person in people])).features
     scale = np.sqrt(photos.shape[1])
     assert copy["kid_judge"][0] == pytest.approx(kid(scale * photos, scale * others), rel=0.02)  # stored in halves
+    with_sets = {name for name, each in content["methods"].items() if "kid_judge" in each}
+    with_fid = {name for name, each in content["methods"].items() if "fid_judge_64d" in each}
+    assert with_fid == with_sets - {"reference_copy", "text_only"} != set()  # the bounds have fewer pictures
     assert set(content["interpolation"]["weights"]) == {0.0, 1.0}
     assert set(content["base"]["attributes"]) == {"prompted_scene", "prompted_style"}
 

@@ -117,6 +117,7 @@ def _face_id(shapes: _Shapes, width: int) -> PublishedConfig:
 
 def _face_id_plus(shapes: _Shapes, width: int) -> PublishedConfig:
     name = shapes.path.name.lower()
+    version_1 = "plus" in name and not re.search("plus[-_ ]?v2", name)  # both have one shape
     return FaceIDPlusConfig(
         width,
         _lora_rank(shapes),
@@ -124,9 +125,7 @@ def _face_id_plus(shapes: _Shapes, width: int) -> PublishedConfig:
         face_hidden=shapes.size("proj.0.weight", 0),
         tokens=shapes.size("proj.2.weight", 0) // width,
         clip_dim=shapes.size("perceiver_resampler.proj_in.weight", 1),
-        shortcut_scale=None
-        if "plus" in name and not re.search("plus[-_ ]?v2", name)
-        else 1.0,  # V1 and V2 have one shape
+        shortcut_scale=None if version_1 else 1.0,
         **shapes.perceiver("perceiver_resampler."),
     )
 
