@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(PY) -m examples.demo outputs/demo
 
 test: lint
-	$(PY) -m pytest -n 2 -m "not alone and not pods"
+	$(PY) -m pytest -n 2 --durations=30 -m "not alone and not pods"
 	$(PY) -m pytest -m alone
 
 pods: $(VENV)/.test $(LIBTPU)/.done

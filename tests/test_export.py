@@ -95,7 +95,7 @@ def description(tiny, tmp_path_factory):
         run=dataclasses.replace(debug.config.run, validate_every=0),
     )
     loader = train.open_data(config, make_mesh("data=1")).train.loader
-    model = train.Model(tiny.model, None, None, None, None)
+    model = train.Model(tiny.model, None, None, None, None, None)
     return train.describe_run(config, model, loader)
 
 
