@@ -14,8 +14,8 @@ demo: $(VENV)/.demo
 	$(PY) -m examples.demo outputs/demo
 
 test: lint
-	$(PY) -m pytest -n 2 --durations=30 -m "not alone and not pods"
-	$(PY) -m pytest -m alone
+	$(PY) -m pytest -n 2 --dist worksteal --durations=30 -m "not alone and not pods"
+	$(PY) -m pytest -m alone tests/test_train_sharding.py tests/test_benchmarks.py
 
 pods: $(VENV)/.test $(LIBTPU)/.done
 	TPU_COMPILER=$(abspath $(LIBTPU)) $(PY) -m pytest -m pods

@@ -25,7 +25,7 @@ INTERPOLATED = 2  # prompts, the first two photographs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: 0 when done, 2 for unusable input, 130 if interrupted."""
+    """Run the command line: 0 when done, 2 for unusable input, 3 for a photo without a face, 130 if interrupted."""
     args = parser().parse_args(argv)
     return exit_code(
         lambda: run(args),

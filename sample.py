@@ -43,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check all that can be checked, then load, encode, denoise and save."""
-    from infinite_id_jax.people import checked_people
-
     fill_in(args)
     prompts = read_prompts(args)
     check_options(args)
@@ -61,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     folder.probe()
     pipe, identities = None, []
     if todo:
+        from infinite_id_jax.people import checked_people
+
         keep_compiled()
         pipe = load_pipeline(args, model)
         identities = checked_people(encode(pipe, args, faces), args.style_merge)
@@ -121,7 +121,9 @@ def parser() -> argparse.ArgumentParser:
         "--id-weights", type=float, nargs="+", metavar="W", help="with mix: interpolate, weights sum to 1"
     )
     face.add_argument("--face-index", type=int, metavar="N", help="which face of a group photo; 0 is the largest")
-    face.add_argument("--faces", default="auto", metavar="BACKEND", help="auto, offline or insightface (default auto)")
+    face.add_argument(
+        "--faces", default="auto", metavar="BACKEND", help="auto, offline, insightface or insightface/PACK"
+    )
     face.add_argument("--download-faces", action="store_true", help="let insightface fetch its packs (non-commercial)")
     face.add_argument("--save-aligned", action="store_true", help="also save the aligned crops of the photos")
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -33,7 +32,8 @@ _SMALLER = "raise optimizer.accumulate, take method.remat=all, or divide the bas
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: 0 when done, 2 for unusable input, 4 if the loss diverged, 130 or 143 if stopped."""
     args = parser().parse_args(argv)
-    interrupted = "the same command goes on from the newest checkpoint."
+    without = " without --resume none" if args.resume == "none" else ""
+    interrupted = f"the same command{without} goes on from the newest checkpoint."
     return exit_code(lambda: run(args), debug=args.debug, interrupted=interrupted, smaller=_SMALLER)
 
 
@@ -90,30 +90,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def start_processes(args: argparse.Namespace) -> None:
-    """Join the other processes before any device is touched, and keep compiled programs for a restart."""
-    import jax
+    """Join the other processes, and keep compiled programs for a restart."""
+    from infinite_id_jax.training.processes import join
 
     keep_compiled(args.output_dir / "compiled")
-    if args.coordinator is not None:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id, local_devices())
-    elif args.distributed:
-        jax.distributed.initialize(local_device_ids=local_devices())
-
-
-def local_devices() -> list[int] | None:
-    """What this process takes of its host's GPUs, for JAX: all of them (an empty list restricts nothing) where SLURM
-    runs one task a node, to which JAX by itself would give one; else, None, what JAX does by itself.
-    """
-    tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
-    return [] if tasks is not None and tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
+    join(automatic=args.distributed, coordinator=args.coordinator, count=args.num_processes, number=args.process_id)
 
 
 def prepare(config: "TrainConfig", args: argparse.Namespace) -> "TrainConfig":
     """What must lie on the disk before the model and the data are read: made by the first process alone."""
     import jax
-    from jax.experimental import multihost_utils
 
     from infinite_id_jax.training.checkpoint import put_aside
+    from infinite_id_jax.training.processes import check_shared
 
     inputs = args.output_dir / "inputs"
     if jax.process_index() == 0:
@@ -121,7 +110,7 @@ def prepare(config: "TrainConfig", args: argparse.Namespace) -> "TrainConfig":
             put_aside(args.output_dir)
         if config.prepare is not None:
             config.prepare(inputs, config)
-    multihost_utils.sync_global_devices("prepared")
+    check_shared(args.output_dir / "checkpoints")
     return config if config.prepare is None else config.prepare(inputs, config)
 
 
@@ -133,6 +122,7 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
     from infinite_id_jax.training.checkpoint import Checkpoints
     from infinite_id_jax.training.flops import peak_flops
     from infinite_id_jax.training.metrics import Logs, Window
+    from infinite_id_jax.training.processes import check_agreement
     from infinite_id_jax.training.profile import Profile
 
     folder, run = args.output_dir, config.run
@@ -148,6 +138,7 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
         closing(Profile(folder / "profile", args.profile_steps)) as profile,
     ):
         taken = checkpoints.latest() or 0
+        check_agreement({"their newest checkpoint": taken, **described})
         state = checkpoints.restore(program.abstract, allow_change=args.allow_change) if taken else program.first()
         window = Window(
             every=run.log_every,
@@ -165,7 +156,8 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
                 taken += 1
                 code = signals.exit_code(taken)
                 save = code is not None or taken == run.steps or taken % run.checkpoint_every == 0
-                check, draw = _due(run.validate_every, taken), _due(run.sample_every, taken)
+                # What a stop has time for is the checkpoint alone.
+                check, draw = (code is None and _due(every, taken) for every in (run.validate_every, run.sample_every))
                 pause = save or check or draw
                 held_out = partial(program.validate, state.result, feeds.held_out()) if check else None
                 cost = {"waited": waited, "flops": program.flops(batch)}
@@ -178,7 +170,8 @@ def train(config: "TrainConfig", args: argparse.Namespace, signals: "StopSignals
                 if draw:
                     draw_samples(config, model, state, feeds, mesh, folder / "samples" / f"{taken:07}.png")
                 if code is not None:
-                    print(f"Stopped after {taken} steps: the same command goes on from there.", file=sys.stderr)
+                    without = " without --resume none" if args.resume == "none" else ""
+                    print(f"Stopped after {taken} steps: the same command{without} goes on.", file=sys.stderr)
                     return code
                 if pause:
                     window.resume()
@@ -210,9 +203,9 @@ def open_data(config: "TrainConfig", mesh: "Mesh") -> "Feeds":
     from data_pipeline.loader import LoaderConfig
     from infinite_id_jax.sharding import batch_sharding
     from infinite_id_jax.training.setup import check_rows
-    from infinite_id_jax.weights.folder import load_tokenizers, resolve
+    from infinite_id_jax.weights.folder import load_tokenizers, read_settings, resolve
 
-    data, adapter = config.data, config.adapter
+    data, adapter, model = config.data, config.adapter, resolve(config.model.path)
     check_rows(data.batch_size, config.optimizer.accumulate, mesh)
     feeds = open_feeds(
         Path(data.path),
@@ -226,7 +219,7 @@ def open_data(config: "TrainConfig", mesh: "Mesh") -> "Feeds":
         ),
         batch_sharding(mesh),
         validation_batches=config.run.validation_batches if config.run.validate_every else 0,
-        tokenizers=load_tokenizers(resolve(config.model.path)) if config.method.entangled else None,
+        tokenizers=load_tokenizers(model) if config.method.entangled else None,
     )
     spec = feeds.train.loader.dataset.spec
     for name in ("clip_dim", "clip_layer", "face_dim"):
@@ -235,6 +228,10 @@ def open_data(config: "TrainConfig", mesh: "Mesh") -> "Feeds":
                 f"The dataset {data.path} has {name} {getattr(spec, name)} and the adapter {getattr(adapter, name)}: "
                 f"set adapter.{name}={getattr(spec, name)}, or make the dataset with other encoders."
             )
+    if spec.latent_channels != (channels := read_settings(model).unet.in_channels):
+        raise InputError(
+            f"{data.path} has latents of {spec.latent_channels} channels, {model} of {channels}: make them anew."
+        )
     return feeds
 
 
@@ -284,8 +281,9 @@ def describe_run(config: "TrainConfig", model: Model, loader: "Loader", *, one_b
     method = {name: value for name, value in dataclasses.asdict(config.method).items() if name != "remat"}
     more: dict[str, Any] = {"one_batch": True} if one_batch else {}
     more |= {"image_encoder": fingerprint(model.vision)} if model.vision else {}
+    texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") if config.method.entangled else ()
     return {
-        "model": fingerprint(model.folder),
+        "model": {part: fingerprint(model.folder / part) for part in ("unet", "scheduler", *texts)},
         "dtype": config.model.dtype,
         "adapter": config.adapter.to_dict(),
         "method": method,

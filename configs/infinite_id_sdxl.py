@@ -1,6 +1,6 @@
 """Infinite-ID on SDXL as published (Sec. 4.1): 16 accelerators x 4 images, 1M steps.
 
-    python -m data_pipeline --input PHOTOS --output data/people --model MODEL
+    python -m data_pipeline --input PHOTOS --output data/people --model MODEL --face-backend insightface
     python train.py --config configs/infinite_id_sdxl.py --output-dir runs/infinite_id
 
 Cost: 13.5 TFLOP an image (two forwards of the U-Net at 1024 px), 865 TFLOP a step of 64 images.

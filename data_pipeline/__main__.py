@@ -67,16 +67,25 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", required=True, metavar="D", help="for the records, provenance.jsonl and summary.json")
     p.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="SDXL folder with vae/ and image_encoder/")
-    p.add_argument("--face-backend", default="auto", metavar="NAME", help="auto, insightface or offline (default auto)")
+    p.add_argument(
+        "--face-backend",
+        default="auto",
+        metavar="NAME",
+        help="auto, offline, insightface or insightface/PACK (default auto)",
+    )
     p.add_argument("--download-faces", action="store_true", help="let insightface fetch its packs (non-commercial)")
     p.add_argument("--runner", default="DirectRunner", help="any Beam runner (default DirectRunner, in this process)")
     p.add_argument("--dry-run", action="store_true", help="check everything, count the input, write nothing")
     p.add_argument("--debug", action="store_true", help="show tracebacks and what Beam says")
 
-    content = p.add_argument_group("what the records hold (a finished part is never made again with another value)")
-    content.add_argument("--resolutions", type=_sizes, metavar="512,1024", help="sizes of the target pictures")
-    content.add_argument("--id-features", metavar="cached|on_device", help="store CLIP's features, or only the crops")
-    content.add_argument("--clip-layer", metavar="last|penultimate")
+    content = p.add_argument_group("what the records hold (fixed once a folder is begun)")
+    content.add_argument(
+        "--resolutions", type=_sizes, metavar="512,1024", help="sizes of the target pictures (default both)"
+    )
+    content.add_argument(
+        "--id-features", metavar="cached|on_device", help="store CLIP's features, or only the crops (default cached)"
+    )
+    content.add_argument("--clip-layer", metavar="last|penultimate", help="of CLIP's hidden states (default last)")
     content.add_argument("--dtype", metavar="float32|bfloat16", help="of the encoders (default float32)")
     content.add_argument("--batch-size", type=int, metavar="N", help="photos encoded at once (default 8)")
     content.add_argument("--validation-share", type=float, metavar="SHARE", help="of the people (default 0.02)")
@@ -86,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
     kept.add_argument("--min-photos", type=int, metavar="N", help="of a person (default 2)")
     kept.add_argument("--min-face", type=int, metavar="PX", help="shorter side of the face (default 48)")
     kept.add_argument("--min-score", type=float, metavar="SCORE", help="of the face detector (default 0.6)")
-    kept.add_argument("--similarity", type=float, metavar="COSINE", help="to the person's mean face (by backend)")
+    kept.add_argument(
+        "--similarity", type=float, metavar="COSINE", help="to the person's mean face (default: by backend)"
+    )
     kept.add_argument("--near-duplicate", type=int, metavar="BITS", help="of 64 that may differ (default 4, -1: off)")
     return p
 

@@ -1,5 +1,6 @@
 """The batches of a run, on the devices that need them."""
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Mapping
 from itertools import repeat
@@ -82,7 +83,8 @@ def open_feeds(
     """
     rows = rows_of_process(sharding, config.batch_size)
 
-    def feed(split: str) -> Feed:
+    def feed(split: str, config: LoaderConfig) -> Feed:
         return Feed(Loader(PhotoDataset(folder, split), config, rows=rows, tokenizers=tokenizers), sharding)
 
-    return Feeds(feed("train"), feed("validation") if validation_batches else None, validation_batches)
+    told = dataclasses.replace(config, people=True)  # validation takes somebody else
+    return Feeds(feed("train", config), feed("validation", told) if validation_batches else None, validation_batches)

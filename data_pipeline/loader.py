@@ -28,12 +28,13 @@ _FOREVER = 2**40  # steps
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """What decides the batches (seed, batch_size, cap, captions) and how they are fetched (workers, prefetch)."""
+    """What decides the batches (all up to people) and how they are fetched (workers, prefetch)."""
 
     batch_size: int  # rows over all processes
     seed: int = 0
     photos_per_person_cap: int = 16  # times a person is the target in an epoch, at most
     captions: bool = False  # token ids of the target's caption, for entangled training
+    people: bool = False  # a number for the person of each row, for validation
     workers: int = 0  # processes that read ahead; 0: threads of this one
     prefetch: int = 4  # batches read ahead, by each worker
 
@@ -68,6 +69,7 @@ class Loader:
             raise ValueError("Tokenizers and captions go together.")
         self.dataset, self.config, self.tokenizers = dataset, config, tokenizers
         self.rows = range(config.batch_size) if rows is None else rows
+        self._numbers = np.unique(dataset.people, return_inverse=True)[1]
         self._pairs = Pairs(
             dataset.people,
             dataset.photos,
@@ -90,8 +92,9 @@ class Loader:
         """This process's rows of step `step`'s batch.
 
         Of the target: latent_mean, latent_std [B, h, w, c] bfloat16, time_ids [B, 6] float32; with captions
-        input_ids, input_ids_2 [B, 77] int32. Of the identity photo: face_embedding [B, E] float32 and
-        clip_hidden_states [B, L, C] bfloat16, or clip_crop [B, s, s, 3] uint8 where features are made on the device.
+        input_ids, input_ids_2 [B, 77] int32; with people person [B] int32. Of the identity photo:
+        face_embedding [B, E] float32 and clip_hidden_states [B, L, C] bfloat16, or clip_crop [B, s, s, 3] uint8 where
+        features are made on the device.
         """
         bucket, before = self._pairs.bucket(step)
         pairs = [self._pairs.pair(bucket, before * self.config.batch_size + row) for row in self.rows]
@@ -108,6 +111,8 @@ class Loader:
         if self.tokenizers is not None:
             captions = [record.caption for record in targets]
             batch["input_ids"], batch["input_ids_2"] = (tokenize(captions) for tokenize in self.tokenizers)
+        if self.config.people:
+            batch["person"] = np.array([self._numbers[pair.target] for pair in pairs], np.int32)
         return batch
 
     def batches(self, start: int) -> Generator[Batch, None, None]:

@@ -173,7 +173,7 @@ def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise MissingExtraError("A Parquet manifest", "train") from None
+        raise MissingExtraError("A Parquet manifest", "data") from None
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infinite_id_jax.errors import InputError, NoFaceError
     from infinite_id_jax.identity.config import Switches
+    from infinite_id_jax.images import save_image
     from infinite_id_jax.pipeline import FaceFeatures, Identity, InfiniteIDPipeline, Output
 
-__all__ = ["FaceFeatures", "Identity", "InfiniteIDPipeline", "InputError", "NoFaceError", "Output", "Switches"]
+__all__ = [
+    "FaceFeatures", "Identity", "InfiniteIDPipeline", "InputError", "NoFaceError", "Output", "Switches", "save_image",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from infinite_id_jax import errors
 
         return getattr(errors, name)
+    if name == "save_image":
+        from infinite_id_jax import images
+
+        return images.save_image
     if name in __all__:
         from infinite_id_jax import pipeline
 

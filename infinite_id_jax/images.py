@@ -36,6 +36,17 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Non
         image.save(beside, format="png", pnginfo=info)
 
 
+def save_image(image: Image.Image, path: Path | str, **metadata: Any) -> None:
+    """Save an image that the pipeline drew as a PNG that says so, with the `watermark` where it can carry one.
+
+    `metadata` becomes text chunks. Raises InputError for another format than PNG, or if the disk refuses.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path} is no PNG by its name: give one, whose metadata says that it is AI-made.")
+    save_png(watermark(image), path, metadata)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The text chunks of a PNG of ours, read without decoding it. Raises InputError if it is no picture."""
     try:

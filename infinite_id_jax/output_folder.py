@@ -13,7 +13,7 @@ from PIL import Image
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import save_json
-from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_png, thumbnail, watermark
+from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_image, save_png, thumbnail
 
 _ROWS_PER_GRID = 40
 _IMAGES, _GRID, _MANIFEST = "prompt*-seed*-id*.png", re.compile(r"grid(-\d+)?\.png"), "manifest.json"
@@ -101,7 +101,7 @@ class OutputFolder:
                 "request": self._request(row, column),
                 "Software": SOFTWARE,
             }
-            save_png(watermark(image), self.path / row.file(column), metadata)
+            save_image(image, self.path / row.file(column), **metadata)
 
     def finish(self, rows: Sequence[Row], heads: Sequence[Image.Image]) -> list[Path]:
         """Write the labelled grids and then manifest.json, which only a finished run has. Returns the grids."""

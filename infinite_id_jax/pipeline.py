@@ -327,7 +327,7 @@ class InfiniteIDPipeline:
         return conditioning.encode_crops(nnx.split(self.image_encoder), pixels)
 
     def _identity(self, features: FaceFeatures, face: ExtractedFace | None = None) -> Identity:
-        """Tokens of a person, and of nobody: features of zeros, or CLIP's answer to an image of zeros (row 11)."""
+        """Tokens of a person and the unconditional ones: of zeros, or CLIP's of an image of zeros (decision 11)."""
         needs = self._require_adapter().config.needs
         person = needs.select(features)
         empty = features.empty_clip_hidden_states

@@ -1,4 +1,4 @@
-"""What an adapter in training draws: people down, prompts across."""
+"""What an adapter in training draws: prompts down, people across."""
 
 from collections.abc import Sequence
 

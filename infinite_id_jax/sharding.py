@@ -40,8 +40,8 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh) -> Mesh: ...
 def make_mesh(spec: str | Mapping[str, int] | Mesh | None) -> Mesh | None:
     """A mesh from "data=2,fsdp=2,tensor=1" or {"data": 2}; None stays None (one device).
 
-    One axis may be -1: it takes all devices that the others leave. Raises InputError for unknown axes or more devices
-    than there are.
+    One axis may be -1: it takes all devices that the others leave. Raises InputError for unknown axes, more devices
+    than there are, or none of some process.
     """
     if spec is None or isinstance(spec, Mesh):
         return spec
@@ -59,7 +59,13 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh | None) -> Mesh | None:
     needed = math.prod(shape)
     if needed > present:
         raise InputError(f"The mesh {spec!r} needs {needed} devices and {present} are present: make it smaller.")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:needed])
+    devices = jax.devices()[:needed]
+    if idle := set(range(jax.process_count())) - {device.process_index for device in devices}:
+        raise InputError(
+            f"The mesh {spec!r} takes {needed} of {present} devices, none of them of process {sorted(idle)}: give one "
+            "axis -1, as in data=-1, or start fewer processes."
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def abstract_mesh(spec: str) -> AbstractMesh:

@@ -91,12 +91,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cache of compiled programs for all processes of a test run, in place of the user's own."""
     folder = tmp_path_factory.getbasetemp().parent / "compiled"  # that of all workers of this test run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Small programs too: hundreds of them, which each process would compile again.
+        for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", 0)):
+            patch.setenv(f"JAX_{name.upper()}", str(value))
+            jax.config.update(f"jax_{name}", value)
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def debug_inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of train.py that name a tiny model and a dataset of drawn people, made once."""
     config = debug.prepare(tmp_path_factory.mktemp("inputs"), debug.config)

@@ -1,6 +1,7 @@
 """Published adapters: recognised, imported and sampled as diffusers does, and as Infinite-ID's identity stream."""
 
 import dataclasses
+import functools
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_scales_of_blocks_are_those_of_diffusers(tiny, noise, tmp_path):
 )
 def test_scales_that_cannot_be_used(scale, says):
     with pytest.raises(InputError, match=says):
-        layer_scales(block_names(abstract(lambda rngs: UNet2DConditionModel(SDXL, rngs=rngs))), scale)
+        layer_scales(block_names(sdxl()), scale)
 
 
 def test_one_stream_refuses_what_concerns_the_text_stream(pipe, tiny):
@@ -315,6 +316,7 @@ def test_a_mesh_and_a_batch_of_people_change_nothing(case, tiny, noise):
 # Files
 
 
+@functools.cache
 def sdxl() -> UNet2DConditionModel:
     return abstract(lambda rngs: UNet2DConditionModel(SDXL, rngs=rngs))
 

@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from infinite_id_jax.faces.backends import get_backend
+from infinite_id_jax.faces import backends
 from infinite_id_jax.faces.extract import extract_face
+from infinite_id_jax.faces.mtcnn_dlib import MTCNNDlib
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.images import read_metadata
 from infinite_id_jax.weights.folder import load_base
@@ -62,6 +63,29 @@ def one_pipeline():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "load_pipeline", loaded)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def faces_found_once():
+    """The same few photos are looked at in every test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("detect", "embed"):
+            patch.setattr(MTCNNDlib, name, _remembered(getattr(MTCNNDlib, name)))
+        patch.setattr(backends, "get_backend", functools.cache(backends.get_backend))
+        yield
+
+
+def _remembered(method):
+    known = {}
+
+    @functools.wraps(method)
+    def call(self, image):
+        key = (image.shape, image.tobytes())
+        if key not in known:
+            known[key] = method(self, image)
+        return known[key]
+
+    return call
 
 
 def arguments(place: Path, out: Path, *options: str) -> list[str]:
@@ -539,7 +563,7 @@ def test_files_from_elsewhere_draw(capsys, place, elsewhere, tmp_path):
     assert sample.main(arguments(place, tmp_path / "out", *options, *lora)) == 0
     assert "IP-Adapter-FaceID-Plus V2: sees the penultimate hidden states" in capsys.readouterr().out
     crop = Image.open(tmp_path / "out" / "aligned0-clip.png")
-    face = extract_face(open_photo(place / "Eileen Collins ü.png"), get_backend("offline"))
+    face = extract_face(open_photo(place / "Eileen Collins ü.png"), backends.get_backend("offline"))
     np.testing.assert_array_equal(np.asarray(crop), face.arcface_crop)
 
     # Another strength of the LoRA, another file of the adapter: other images, which the first must not stand for.

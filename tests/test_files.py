@@ -12,7 +12,7 @@ from PIL import Image
 from infinite_id_jax.command_line import keep_compiled
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import fingerprint, replacing, save_json, write_folder
-from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_png, thumbnail, watermark
+from infinite_id_jax.images import is_whole, labelled_grid, read_metadata, save_image, save_png, thumbnail, watermark
 from infinite_id_jax.output_folder import OutputFolder, Row
 from tests import photos
 
@@ -138,6 +138,15 @@ def test_a_png_says_what_it_is(tmp_path):
     assert json.loads(found["settings"]) == {"a": None, "b": 1}
     assert found["AI-generated"] == "true"
     assert "cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia" in found["XML:com.adobe.xmp"]
+
+
+def test_an_image_saved_from_python_says_what_it_is(tmp_path):
+    save_image(RED, str(tmp_path / "a.PNG"), prompt="in the snow", seed=3)
+    found = read_metadata(tmp_path / "a.PNG")
+    assert (found["AI-generated"], found["prompt"], found["seed"]) == ("true", "in the snow", "3")
+    with pytest.raises(InputError, match=r"a\.jpg is no PNG"):
+        save_image(RED, tmp_path / "a.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
 
 
 def test_a_cut_or_zeroed_png_is_not_whole(tmp_path):

@@ -32,7 +32,7 @@ ALLOWED = {
     "training": MODELS | {"conditioning", "files", "sharding", "weights"},
     "previews": MODELS | {"images", "pipeline", "weights"},
     "request": MODELS | {"conditioning", "faces", "files", "sharding", "weights"},
-    "__init__": {"errors", "identity", "pipeline"},
+    "__init__": {"errors", "identity", "images", "pipeline"},
 }
 
 
@@ -121,6 +121,8 @@ def test_help_and_faces_need_no_jax():
         "import sys, sample, train, export, evaluate, data_pipeline.__main__ as offline\n"
         "import infinite_id_jax.faces.backends, infinite_id_jax.faces.extract\n"
         "for program in (sample, train, export, evaluate, offline): program.parser().format_help()\n"
+        "empty = ['--prompt', ' ', '--model', 'm', '--adapter', 'a', '--id-image', 'i', '--output-dir', 'o']\n"
+        "assert sample.main(empty) == 2\n"
         "print([name for name in ('jax', 'flax', 'torch', 'cv2', 'dlib', 'insightface') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from examples.learning_check import HeldOut, Sizes, Verdict
 from infinite_id_jax.weights.folder import load_vae, read_settings
 
 SMALL = Sizes(
-    people=8, photos=2, base=BaseTraining(steps=2, batch_size=2), steps=4, validate_every=2, overfit_steps=3,
+    people=16, photos=2, base=BaseTraining(steps=2, batch_size=2), steps=4, validate_every=2, overfit_steps=3,
     overfit_rows=32, batches=2,
 )  # fmt: skip
 

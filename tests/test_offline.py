@@ -259,7 +259,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(finished, album, tiny
         process.stderr.close()
         assert process.wait() == -signal.SIGKILL
         assert not (output / "dataset.json").exists()
-    subprocess.run(command(album, output, tiny.model), cwd=ROOT, check=True, capture_output=True)
+    assert offline.main(arguments(album, output, tiny.model)) == 0
     assert contents(output) == contents(finished)
 
 
@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_finished_shard(finished, al
     left = contents(output)
     assert any(name.startswith("marks/") for name in left)
     assert all(whole[name] == content for name, content in left.items())
-    subprocess.run(command(album, output, tiny.model), cwd=ROOT, check=True, capture_output=True)
+    assert offline.main(arguments(album, output, tiny.model)) == 0
     assert contents(output) == whole
 
 

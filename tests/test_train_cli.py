@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import train
 from benchmarks import kill
 from data_pipeline.records import PhotoDataset
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
+from infinite_id_jax.training import processes
 from infinite_id_jax.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +115,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(inputs, tmp_path):
     _, said = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     taken = kill.steps_taken(tmp_path)
-    assert f"Stopped after {taken} steps: the same command goes on from there." in said
+    assert f"Stopped after {taken} steps: the same command goes on." in said
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(taken)]
     assert not (tmp_path / "adapter").exists()
     options = ("--set=run.checkpoint_every=1000", "--max-steps", str(taken + 1))
@@ -182,43 +184,55 @@ def test_a_changed_dataset_is_refused(whole, inputs, tmp_path, capsys):
     assert "data.dataset was" in capsys.readouterr().err
 
 
-def test_a_change_that_is_allowed(inputs, tmp_path, capsys):
-    assert run(tmp_path, inputs, "--max-steps", "1") == 0
-    assert run(tmp_path, inputs, "--max-steps", "2", "--allow-change", "--set=optimizer.learning_rate=1e-4") == 0
+@pytest.fixture
+def going_on(whole, tmp_path):
+    """A run of four steps, of which 2, 3 and 4 are kept, to do with as one likes."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def test_a_change_that_is_allowed(inputs, going_on, capsys):
+    assert run(going_on, inputs, "--max-steps", "5", "--allow-change", "--set=optimizer.learning_rate=1e-4") == 0
     said = capsys.readouterr().err
     assert "warning: The run goes on although optimizer.learning_rate was 0.001 and is 0.0001." in said
-    assert said.count("Devices: 1 of 8; processes: 1.\n") == 2
+    assert said.count("Devices: 1 of 8; processes: 1.\n") == 1
 
 
-def test_resume_none_starts_anew_and_loses_nothing(inputs, tmp_path):
-    assert run(tmp_path, inputs, "--max-steps", "2") == 0
-    first = kill.learned(tmp_path)
-    assert run(tmp_path, inputs, "--max-steps", "2", "--resume", "none") == 0
-    assert kill.learned(tmp_path) == first
-    assert {"1", "2"} <= {path.name for path in (tmp_path / "checkpoints.1").iterdir()}
-    assert (tmp_path / "metrics.csv.1").is_file()
+def test_a_change_of_the_states_shape_costs_no_checkpoint(going_on, inputs, capsys):
+    assert run(going_on, inputs, "--max-steps", "6", "--allow-change", "--set=optimizer.warmup_steps=2") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "optimizer.warmup_steps was 0 and is 2" in said
+    assert "give the old ones" in said
+    assert "move" not in said
 
 
-def test_a_damaged_checkpoint_is_named(inputs, tmp_path, capsys):
-    assert run(tmp_path, inputs, "--max-steps", "2") == 0
-    for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
+def test_resume_none_starts_anew_and_loses_nothing(inputs, going_on):
+    losses = [row["loss"] for row in rows(going_on)]
+    assert run(going_on, inputs, "--max-steps", "2", "--resume", "none") == 0
+    assert [row["loss"] for row in rows(going_on)] == losses[:2]
+    assert {"2", "3", "4"} <= {path.name for path in (going_on / "checkpoints.1").iterdir()}
+    assert (going_on / "metrics.csv.1").is_file()
+
+
+def test_a_damaged_checkpoint_is_named(inputs, going_on, capsys):
+    for path in (going_on / "checkpoints" / "4" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert run(tmp_path, inputs, "--max-steps", "3") == 2
-    assert f"The checkpoint {tmp_path}/checkpoints/2 cannot be read" in capsys.readouterr().err
+    assert run(going_on, inputs, "--max-steps", "5") == 2
+    assert f"The checkpoint {going_on}/checkpoints/4 cannot be read" in capsys.readouterr().err
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(inputs, tmp_path):
-    assert run(tmp_path, inputs, "--max-steps", "2") == 0
+def test_a_full_disk_keeps_the_last_checkpoint(inputs, going_on):
     limit = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
         "sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
     )
-    command = [sys.executable, "-c", limit, *kill.training_command(tmp_path, 4, *inputs)[1:]]
+    command = [sys.executable, "-c", limit, *kill.training_command(going_on, 6, *inputs)[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: Checkpoints cannot be written" in done.stderr  # Orbax's threads may print beside it
-    assert run(tmp_path, inputs, "--max-steps", "3") == 0
+    kept = (path.name for path in (going_on / "checkpoints").iterdir())
+    assert max(int(name) for name in kept if name.isdigit()) == 4
+    assert run(going_on, inputs, "--max-steps", "5") == 0
 
 
 def test_overfit_batch_repeats_the_first_batch(whole, inputs, tmp_path, capsys):
@@ -305,7 +319,24 @@ def test_a_task_a_node_takes_all_of_its_gpus(monkeypatch, environment, expected)
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert train.local_devices() == expected
+    assert processes.local_devices() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "says"),
+    [
+        (["--num-processes", "4", "--process-id", "2"], {}, "need --coordinator HOST:PORT"),
+        ([], {"SLURM_STEP_NUM_TASKS": "4"}, "add --distributed"),
+    ],
+)
+def test_copies_of_the_program_do_not_each_train_for_themselves(
+    inputs, tmp_path, monkeypatch, capsys, options, environment, says
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(tmp_path, inputs, *options) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_slurm_does_not_restrict_jax_to_one_gpu(tmp_path):

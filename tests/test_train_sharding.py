@@ -50,16 +50,22 @@ def losses(folder):
     return np.array([float(loss) for _, loss in kill.learned(folder)[1]])
 
 
-def start_two(folder, inputs, steps):
+def start_two(folder, inputs, steps, layout=LAYOUTS["all"], second=()):
     """Two processes of four devices each, which find each other on the loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4"}
-    command = kill.training_command(folder, steps, *options(inputs, steps, LAYOUTS["all"]))
+    command = kill.training_command(folder, steps, *options(inputs, steps, layout))
     command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
     return [
-        subprocess.Popen([*command, str(i)], cwd=ROOT, env=os.environ | flags, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(i), *(second if i else ())],
+            cwd=ROOT,
+            env=os.environ | flags,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in range(2)
     ]
 
@@ -96,6 +102,21 @@ def test_two_processes_stop_at_one_step_and_learn_as_one(one_device, inputs, tmp
     codes, said = ends(start_two(tmp_path, inputs, max(STEPS, taken)))
     assert codes == [0, 0], said
     np.testing.assert_allclose(losses(tmp_path)[:STEPS], one_device, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("layout", "second", "says"),
+    [
+        (["--set=run.mesh=data=1"], [], "takes 1 of 8 devices, none of them of process [1]: give one axis -1"),
+        (LAYOUTS["all"], ["--set=optimizer.learning_rate=1"], "The processes differ in optimizer: give all of them"),
+    ],
+    ids=["mesh", "settings"],
+)
+def test_processes_that_do_not_fit_together_all_say_so(inputs, tmp_path, layout, second, says):
+    codes, said = ends(start_two(tmp_path, inputs, 2, layout, second))
+    assert codes == [2, 2], said
+    assert said.count(says) == 2
 
 
 def test_rows_go_to_their_devices():

@@ -223,12 +223,22 @@ def test_a_dropped_identity_is_the_mappers_on_zeros(losses):
     np.testing.assert_array_equal(losses(batch, odd), np.where(odd, everyone, none))
 
 
-def test_validation_compares_with_the_next_rows_identity_and_with_none(losses):
+@pytest.mark.parametrize(
+    ("person", "following"),
+    [
+        (range(ROWS), [*range(1, ROWS), 0]),
+        ([1, 1, 2, 1, 1, 1, 3, 1], [2, 2, 3, 6, 6, 6, 7, 2]),
+        ([5] * ROWS, None),
+    ],
+)
+def test_validation_compares_with_the_next_persons_identity_and_with_none(losses, person, following):
     objective, frozen = objective_of(MethodConfig(min_snr_gamma=1.0))  # a weight that validation leaves out
     batch = batch_of(5)
     validate = jax.jit(partial(validation_step, objective), compiler_options=FAST_COMPILE)
-    held = validate(first_arrays(), frozen, batch, KEY)
-    following = [*range(1, ROWS), 0]
+    held = validate(first_arrays(), frozen, batch | {"person": np.array(person, np.int32)}, KEY)
+    if following is None:
+        assert np.isnan(held.other)
+        return
     other = batch | {name: batch[name][following] for name in ("clip_hidden_states", "face_embedding")}
     expected = [losses(b, keep).mean() for b, keep in ((batch, True), (other, True), (batch, False))]
     np.testing.assert_allclose(held, expected, rtol=1e-6)

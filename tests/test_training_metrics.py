@@ -126,6 +126,13 @@ def test_a_resumed_run_continues_its_metrics(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+def test_metrics_of_fewer_columns_are_gone_on_with(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss\n1,0.5\n2,0.25\n")
+    MetricsFile(path, 2).write({"step": 3, "loss": 0.125})
+    assert [(row["step"], row["loss"]) for row in cells(path)] == [("1", "0.5"), ("2", "0.25"), ("3", "0.125")]
+
+
 def test_validation_joins_the_row_of_its_step(clock, tmp_path):
     logs = Logs(tmp_path, 0, 8, Window(every=4, images=8, devices=1, peak=None, delay=0))
     cost, asked = {"waited": 0.0, "flops": 1.0}, []

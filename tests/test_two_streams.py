@@ -135,20 +135,19 @@ def test_kept_inner_levels_match_the_reference(pipe, people, noise, oracle, guid
     assert error(sample(pipe, people, noise, steps=6, **ours).latents, identity) > 1e-3
 
 
-@pytest.mark.parametrize("streams", ["none", "one", "two"])
+@pytest.mark.parametrize("streams", ["none", "two"])
 def test_guidance_in_no_step_is_no_guidance(pipe, people, noise, streams):
-    options = {} if streams == "none" else {"streams": streams}
     given = None if streams == "none" else people
-    never = sample(pipe, given, noise, steps=2, guidance_range=(0, 0), **options).latents
-    off = sample(pipe, given, noise, steps=2, guidance_scale=1.0, **options).latents
+    never = sample(pipe, given, noise, steps=2, guidance_range=(0, 0)).latents
+    off = sample(pipe, given, noise, steps=2, guidance_scale=1.0).latents
     assert error(never, off) <= 1e-6
 
 
 def test_switches_are_not_the_same_picture(pipe, people, noise):
     """Parity would also hold for a switch that neither side reads."""
-    base = sample(pipe, people, noise, steps=2).latents
+    base = sample(pipe, people, noise, steps=6).latents  # as many as above, where this program is compiled
     for change in ({"id_scale": 0.5}, {"text_scale": 0.5}, {"guidance_scale": 2.0}, {"guidance_rescale": 0.5}):
-        assert error(sample(pipe, people, noise, steps=2, **change).latents, base) > 1e-3
+        assert error(sample(pipe, people, noise, steps=6, **change).latents, base) > 1e-3
 
 
 def test_text_to_image_matches_diffusers(pipe, tiny, noise):
@@ -169,16 +168,16 @@ def test_images_match_diffusers(pipe, tiny, noise):
     diffusers = StableDiffusionXLPipeline.from_pretrained(tiny.model, image_encoder=None, feature_extractor=None)
     diffusers.scheduler = reference.sdxl_ddim()
     diffusers.set_progress_bar_config(disable=True)
-    common = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64}
+    common = {"num_inference_steps": 30, "guidance_scale": 5.0, "height": 64, "width": 64}
     theirs = diffusers(PROMPTS, latents=nchw(noise), output_type="np", **common).images
-    ours = pipe(PROMPTS, latents=noise, steps=3, output="numpy").images
+    ours = pipe(PROMPTS, latents=noise, output="numpy").images
     # Measured: 3.8e-6.
     assert np.abs(ours - theirs).max() <= 1e-4
 
 
 def test_keys_of_text_and_identities_are_made_once_for_all_steps(pipe, people, noise):
     """The compiler takes them out of the loop over steps: whoever calls the U-Net need not."""
-    program, _ = denoising_program(pipe, lambda: sample(pipe, people, noise, steps=3))
+    program, _ = denoising_program(pipe, lambda: sample(pipe, people, noise, steps=6))
     lines = program.as_text().splitlines()
     identities = 2 * len(people) * people[0].tokens.shape[0]  # both halves of guidance
     texts = 2 * (len(PROMPTS) + len(PROMPTS) * len(people)) * 77

@@ -64,11 +64,10 @@ def _entry(claim: Claim, estimate: Estimate) -> dict[str, Any]:
         "metric": claim.metric,
         "first": claim.first,
         "second": claim.second,
-        "expected": claim.expected,
         "bound": claim.bound,
         "prompts": claim.prompts,
         "difference": list(estimate),
-        "verdict": verdict(estimate, "less" if claim.expected == "less" else "greater", claim.bound),
+        "verdict": verdict(estimate, claim.bound),
     }
 
 
@@ -89,7 +88,7 @@ def _identity_bars(study: StudyConfig, rows: Sequence[Row], baselines: Mapping[s
             f"{method.title}: {name.replace('_', ' ')} is right at least half-way to the judge",
         )
         if column in scores.values and column in baselines["half_way"]:
-            claim = Claim(text, column, method.name, "half_way", "at least")
+            claim = Claim(text, column, method.name, "half_way")
             found.append(_entry(claim, _above(scores, column, baselines["half_way"][column])))
     return found
 
@@ -105,9 +104,9 @@ def _base_bars(study: StudyConfig, base: Mapping[str, Any]) -> list[dict[str, An
     (mean, each), (name, *least) = study.base_bars, base["least"]
     worst = f"The base alone draws every attribute at {each:.0%}; its worst is {name.partition('_')[2]}"
     claims = [
-        (Claim(f"The base alone draws {mean:.0%} of what it is asked for", "prompted", BASE, f"{mean}", "at least"),
+        (Claim(f"The base alone draws {mean:.0%} of what it is asked for", "prompted", BASE, f"{mean}"),
          above(base["mean"], mean)),
-        (Claim(worst, name, BASE, f"{each}", "at least"), above(Estimate(*least), each)),
+        (Claim(worst, name, BASE, f"{each}"), above(Estimate(*least), each)),
     ]  # fmt: skip
     return [_entry(claim, estimate) for claim, estimate in claims]
 

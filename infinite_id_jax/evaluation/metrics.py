@@ -145,16 +145,13 @@ def _estimate(statistics: np.ndarray, clusters: int) -> Estimate:
     return Estimate(float(statistics[0]), float(low), float(high))
 
 
-def verdict(estimate: Estimate, expected: Literal["greater", "less"], than: float = 0.0) -> Verdict:
-    """What an interval says of the claim that a figure is greater, or less, `than` a bound.
+def verdict(estimate: Estimate, bound: float = 0.0) -> Verdict:
+    """What an interval says of the claim that a figure is greater than `bound`.
 
-    Confirmed where the whole interval lies on the claim's side, contradicted where it lies on the other, else not
-    confirmed. "A loss of 0.02 at most" is a difference greater than -0.02.
+    Confirmed where the whole interval lies above it, contradicted where it lies below, else not confirmed. "A loss of
+    0.02 at most" is a difference greater than -0.02.
     """
-    above, below = estimate.low > than, estimate.high < than
-    if expected == "less":
-        above, below = below, above
-    return "confirmed" if above else "contradicted" if below else "not confirmed"
+    return "confirmed" if estimate.low > bound else "contradicted" if estimate.high < bound else "not confirmed"
 
 
 # Faces.

@@ -26,13 +26,12 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """metric(first) - metric(second), over the prompts of a kind that both have."""
+    """metric(first) - metric(second), over the prompts of a kind that both have, is greater than `bound`."""
 
     text: str
     metric: str
     first: str
     second: str
-    expected: str = "greater"  # or "less", or "at least": the difference is at least `bound`
     bound: float = 0.0
     prompts: str = "all"  # all, photo or style
 

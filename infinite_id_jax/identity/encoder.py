@@ -53,7 +53,7 @@ class InfiniteIDEncoder(nnx.Module):
             self.face_mapper = Mapper(config.face_dim, hidden, width, config.face_tokens, rngs=rngs)
 
     def __call__(self, features: FaceFeatures) -> Float[Array, "B K D"]:
-        """c_id = [M_clip(hidden states), M_face(embedding)] (Eq. 4). Zeros give the unconditional identity (row 11)."""
+        """c_id = [M_clip(hidden states), M_face(embedding)] (Eq. 4). Zeros: the unconditional one (decision 11)."""
         tokens = []
         if hasattr(self, "clip_mapper"):
             seen = self.clip_mapper(jnp.asarray(features.clip_hidden_states))

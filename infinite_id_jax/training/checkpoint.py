@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -125,6 +126,13 @@ class Checkpoints:
             content = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self._manager.restore(step, args=content)["state"]
         except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            if changes:
+                raise InputError(
+                    f"The state in the checkpoint {path} has another shape ({changes}), or is damaged: of the settings "
+                    "that shape it give the old ones, or take another --output-dir to start anew."
+                ) from None
             raise InputError(_damaged(path, error)) from None
 
     def wait(self) -> None:
@@ -133,7 +141,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _told(self._folder):
+        """Wait as well. Raises InputError if something could not be written, unless an error is on its way already."""
+        with contextlib.suppress(Exception) if sys.exc_info()[0] else _told(self._folder):
             self._manager.close()
 
 
@@ -167,16 +176,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _damaged(path: Path, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"The checkpoint {path} cannot be read ({reason}): remove that folder to go on from the one before it."
+    return f"The checkpoint {path} cannot be read ({reason}): move that folder away to go on from the one before it."
 
 
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """Every way in which Orbax reports a disk that does not take a file, as one sentence."""
+    """Every way in which Orbax reports what it could not write, as one sentence."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"Checkpoints cannot be written to {folder} ({reason}): free space there, and the same command goes on."
+            f"Checkpoints cannot be written to {folder} ({reason}): see that there is space and that all processes are "
+            "there, then the same command goes on."
         ) from None

@@ -20,6 +20,9 @@ TEXT_TOKENS = 77
 # Dense bfloat16 TFLOP/s of one device, without sparsity, by jax's device_kind (vendors' data sheets).
 PEAK_TFLOPS = {
     "NVIDIA A100": 312.0,
+    "NVIDIA H100 PCIe": 756.0,  # before the names that these begin with
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H200 NVL": 835.0,
     "NVIDIA H100": 989.0,
     "NVIDIA H200": 989.0,
     "TPU v4": 275.0,

@@ -2,8 +2,8 @@
 
 import csv
 import datetime
-import hashlib
 import importlib.util
+import secrets
 import sys
 import time
 from collections import deque
@@ -25,8 +25,8 @@ COLUMNS = (
 )  # fmt: skip
 """Of metrics.csv. loss: mean over the steps since the row before; loss_t0..t9: its error by tenth of the timesteps,
 the least noisy first; tflops: 10^12 floating-point operations a second on one device; mfu: their share of its peak;
-data_wait: share of the time spent waiting for data; validation: with the right identity, another's, and none. Time is
-that of steps (see `Window`): a row of steps that were not timed leaves its columns empty."""
+data_wait: share of the time that the first process waited for data; validation: with the right identity, another's, and
+none. Time is that of steps (see `Window`): a row of steps that were not timed leaves its columns empty."""
 
 
 class MetricsFile:
@@ -53,8 +53,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        # A kill can leave the last row cut short.
-        return [row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and None not in row.values()]
+        # A kill can leave the last row cut short; an older version may have had fewer columns.
+        whole = [row for row in csv.DictReader(file) if None not in row and None not in row.values() and "step" in row]
+        return [{name: row.get(name, "") for name in COLUMNS} for row in whole]
 
 
 def check_extras(*, tensorboard: bool, wandb: str | None) -> None:
@@ -83,12 +84,16 @@ class TensorBoard:
 class WeightsAndBiases:
     """The same rows to a wandb project, which the user must have asked for: it calls the network."""
 
-    def __init__(self, project: str, folder: Path):
+    def __init__(self, project: str, folder: Path, step: int):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        place = str(folder.absolute())  # by which a resumed run finds its own
-        run_id = hashlib.sha256(place.encode()).hexdigest()[:16]
-        self._run = wandb.init(project=project, name=folder.name, id=run_id, dir=place, resume="allow")
+        kept = folder / "wandb_run"  # by which a resumed run finds its own; wandb drops steps that it has seen
+        if step == 0 or not kept.is_file():
+            with replacing(kept) as beside:
+                beside.write_text(secrets.token_hex(8))
+        self._run = wandb.init(
+            project=project, name=folder.name, id=kept.read_text(), dir=str(folder.absolute()), resume="allow"
+        )
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
@@ -207,7 +212,7 @@ class Logs:
         if tensorboard:
             self._writers.append(TensorBoard(folder / "tensorboard", step))
         if wandb is not None:
-            self._writers.append(WeightsAndBiases(wandb, folder))
+            self._writers.append(WeightsAndBiases(wandb, folder, step))
 
     def add(
         self,

@@ -31,8 +31,8 @@ device, clip_crop [B, s, s, 3] in 0..255. The entangled ablation adds input_ids 
 class MethodConfig:
     """Decisions 19 to 22. Raises InputError for a value out of range."""
 
-    entangled: bool = False  # text-image pairs with the text term active (row 20): give the text encoders
-    identity_drop: float = 0.1  # share of rows trained on the unconditional identity (rows 11 and 22); see `draw`
+    entangled: bool = False  # text-image pairs with the text term active (decision 20): give the text encoders
+    identity_drop: float = 0.1  # share of rows trained on the unconditional identity (decisions 11 and 22); see `draw`
     min_snr_gamma: float | None = None  # weight the timesteps (Hang et al. 2023); None is the paper's plain mean
     remat: str = "blocks"  # one of training.remat.REMAT; changes memory and time, not results
 

@@ -1,6 +1,7 @@
 """Stopping between two steps, so that the last one is saved."""
 
 import signal
+import sys
 from types import FrameType
 
 import jax
@@ -27,6 +28,7 @@ class StopSignals:
         if number == signal.SIGINT and self._heard is not None:
             raise KeyboardInterrupt
         self._heard = number
+        print("Stopping after this step ...", file=sys.stderr, flush=True)
 
     def exit_code(self, step: int) -> int | None:
         """None to go on after `step` steps, or 128 + the signal; the same in all processes."""

@@ -11,7 +11,7 @@ from jax import lax
 
 from infinite_id_jax.training.objective import Batch, Draw, Frozen, Objective, draw, row_losses
 from infinite_id_jax.training.state import Arrays, OptimizerConfig, TrainState, make_optimizer
-from infinite_id_jax.typing import Array, Float
+from infinite_id_jax.typing import Array, Bool, Float, Int
 
 R = TypeVar("R")
 
@@ -101,13 +101,24 @@ class Held(NamedTuple):
 
 
 def validation_step(objective: Objective, arrays: Arrays, frozen: Frozen, batch: Batch, key: Array) -> Held:
-    """The unweighted error on noise that `key` fixes; "other" gives each row the next row's identity."""
+    """The unweighted error on noise that `key` fixes; "other" gives each row the identity of the next one of another
+    `person` [B], and is not a number where the batch has none.
+    """
     drawn = draw(objective, key, batch)
     identity = [name for name in ("clip_hidden_states", "clip_crop", "face_embedding") if name in batch]
-    other = {name: jnp.roll(x, -1, axis=0) if name in identity else x for name, x in batch.items()}
+    following, there = _next_other(batch["person"])
+    other = {name: jnp.take(x, following, axis=0) if name in identity else x for name, x in batch.items()}
     everyone, nobody = jnp.ones_like(drawn.keep), jnp.zeros_like(drawn.keep)
     cases = ((batch, everyone), (other, everyone), (batch, nobody))
     means = [
         row_losses(objective, arrays, frozen, rows, drawn._replace(keep=keep)).error.mean() for rows, keep in cases
     ]
-    return Held(*means)
+    return Held(means[0], jnp.where(there, means[1], jnp.nan), means[2])
+
+
+def _next_other(person: Int[Array, " B"]) -> tuple[Int[Array, " B"], Bool[Array, ""]]:
+    """For each row the next one, going around, of another person; and whether there is any."""
+    rows = jnp.arange(len(person))
+    ahead = (rows[:, None] + 1 + rows[None, :]) % len(person)
+    others = person[ahead] != person[:, None]
+    return ahead[rows, jnp.argmax(others, axis=1)], others.any()
