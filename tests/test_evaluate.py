@@ -386,6 +386,7 @@ def test_every_picture_has_a_row_and_a_file(finished):
 
 
 def test_the_report_is_whole_and_holds_its_pictures(finished):
+    assert (finished[0] / "tables.md").read_text().count("\n## ") == 4
     page = (finished[0] / "report.html").read_text()
     assert page.rstrip().endswith("</html>")
     for title in (

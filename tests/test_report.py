@@ -13,6 +13,7 @@ from PIL import Image
 
 from infinite_id_jax.errors import InputError, MissingExtraError
 from infinite_id_jax.evaluation.figures import curve, place_labels, scatter
+from infinite_id_jax.evaluation.markdown import write_markdown
 from infinite_id_jax.evaluation.metrics import Estimate
 from infinite_id_jax.evaluation.report import Cell, Claims, Figure, ImageGrid, Report, Section, Table, write_report
 
@@ -99,6 +100,22 @@ def everything(folder: Path, diagram: bytes) -> Report:
         Section("Diagrams", "", [Figure(HOSTILE, diagram)]),
     ]
     return Report(HOSTILE, "What was found.", sections, {"people": 100, HOSTILE: HOSTILE})
+
+
+def test_tables_and_claims_for_a_document(tmp_path, diagram):
+    report = everything(tmp_path, diagram)
+    path = write_markdown(tmp_path / "out", report)
+    assert [file.name for file in path.parent.iterdir()] == ["tables.md"]
+    text = path.read_text()
+    assert "<" not in text  # a cell is not a tag
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [len(row) for row in rows] == [3] * 10  # a table of two rows and one of four claims
+    assert rows[2] == ["ours", "-0.689 (-0.700 to -0.680)".replace("-", "\N{MINUS SIGN}"), "2000"]
+    assert rows[3][1:] == ["\N{EN DASH}", "3"]
+    assert [row[1] for row in rows[6:]] == ["confirmed", "not confirmed", "contradicted", "not confirmed"]
+    assert "Diagrams" not in text
+    broken = Report("a | b\nc", "", [Section("s", "", [Table(["x|y"], [["1\n2"]])])])
+    assert write_markdown(tmp_path, broken).read_text().splitlines()[-3:] == ["| x\\|y |", "| --- |", "| 1 2 |"]
 
 
 def test_a_page_holds_all_it_shows(tmp_path, diagram):

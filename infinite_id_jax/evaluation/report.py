@@ -156,10 +156,16 @@ def _rows(rows: Sequence[str]) -> str:
 
 
 def _figures(value: int | float | Estimate) -> str:
+    text, spread = figure_text(value)
+    return text + (f' <span class="interval">{spread}</span>' if spread else "")
+
+
+def figure_text(value: int | float | Estimate) -> tuple[str, str]:
+    """A figure, and the ends of its interval where it has one."""
     if isinstance(value, Estimate):
         spread = "" if math.isnan(value.low) else f"{_number(value.low)} to {_number(value.high)}"
-        return f"{_number(value.value)}" + (f' <span class="interval">{spread}</span>' if spread else "")
-    return str(value) if isinstance(value, int) else _number(value)
+        return _number(value.value), spread
+    return str(value) if isinstance(value, int) else _number(value), ""
 
 
 def _number(value: float) -> str:

@@ -16,7 +16,8 @@ _IDENTITY, _PROMPTED, _DRAWN = "identity_", "prompted_", "drawn_"
 
 
 def write_results(study: StudyConfig, results: Results, folder: Path) -> list[Path]:
-    """Write metrics.json, images.csv and report.html; their paths."""
+    """Write metrics.json, images.csv, report.html and tables.md; their paths."""
+    from infinite_id_jax.evaluation.markdown import write_markdown
     from infinite_id_jax.evaluation.report import write_report
     from infinite_id_jax.evaluation.study_report import report_of
 
@@ -24,8 +25,9 @@ def write_results(study: StudyConfig, results: Results, folder: Path) -> list[Pa
     content = summarise(study, results, rows)
     tables.write_csv(rows, folder / "images.csv")
     tables.write_metrics(content, folder / "metrics.json")
-    report = write_report(folder, report_of(study, results, rows, content, folder))
-    return [folder / "metrics.json", folder / "images.csv", report]
+    report = report_of(study, results, rows, content, folder)
+    pages = [write_report(folder, report), write_markdown(folder, report)]
+    return [folder / "metrics.json", folder / "images.csv", *pages]
 
 
 def summarise(study: StudyConfig, results: Results, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
