@@ -133,7 +133,7 @@ def test_a_checkpoint_becomes_an_adapter_folder_bit_for_bit(trained, unet, descr
         'base_model: "owner/sdxl"',
         "10 steps",
         f"| fingerprint of the dataset | {description['data']['dataset']} |",
-        f"| model | {description['model']} |",
+        f"| model.unet | {description['model']['unet']} |",
         "| optimizer.learning_rate | 0.001 |",
         "| adapter.clip_mapper | mlp |",
         "| loss | 0.125 |",
