@@ -339,7 +339,7 @@ def draw_samples(
     import numpy as np
 
     from infinite_id_jax import FaceFeatures
-    from infinite_id_jax.files import replacing
+    from infinite_id_jax.images import save_png
     from infinite_id_jax.previews import preview
     from infinite_id_jax.sharding import gathered
     from infinite_id_jax.training.objective import hidden_states
@@ -358,8 +358,7 @@ def draw_samples(
         raise ValueError("Samples need the whole base.")
     grid = preview(model.base, adapter, people, crops, prompts, steps=config.run.sample_steps, mesh=mesh)
     if jax.process_index() == 0:
-        with replacing(path) as beside:
-            grid.save(beside, format="png")
+        save_png(grid, path, {})
 
 
 def dry_run(config: "TrainConfig") -> str:

@@ -995,6 +995,19 @@ def test_another_model_needs_an_adapter(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_face_counts_more_than_its_surroundings_wherever_it_is(drawn_folder):
+    keypoints = pictures.read(drawn_folder, "base").keypoints[:32]
+    weights = unet.face_weights(keypoints)
+    np.testing.assert_allclose(weights.mean(axis=(1, 2, 3)), 1, rtol=1e-6)
+    for points, found in zip(keypoints, weights[..., 0], strict=True):
+        surroundings = found.min()
+        for x, y in (points // 8).astype(int):
+            assert found[y, x] == pytest.approx(4 * surroundings)
+        assert found[0, 0] == found[-1, -1] == surroundings
+    right = unet.face_weights(keypoints[:1] * [0.5, 1] + [64, 0])  # in the right half: x is across
+    assert (right[0, :, :7] == right.min()).all()
+
+
 def test_the_size_of_a_latent():
     config = UNetConfig(sample_size=16)
     assert latent_shape(None, None, None, config, 8) == (16, 16, 4)

@@ -276,6 +276,7 @@ def test_pictures_and_traces(inputs, tmp_path):
     assert run(tmp_path, inputs, "--max-steps", "2", *options, "--profile-steps", "1:2") == 0
     with Image.open(tmp_path / "samples" / "0000002.png") as grid:
         assert grid.size == (256 + 2 * 260, 132 + 2 * 260)  # two people across, two prompts down
+        assert grid.info["AI-generated"] == "true"
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
