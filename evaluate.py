@@ -133,9 +133,12 @@ def changed(study: "StudyConfig", args: argparse.Namespace) -> "StudyConfig":
 
 def check(study: "StudyConfig") -> None:
     """Raises InputError for a model or an adapter that cannot be used, before hours are spent on another one."""
+    from infinite_id_jax.stable_diffusion.quantized import checked_kind
     from infinite_id_jax.weights.adapter import check_adapter
     from infinite_id_jax.weights.folder import describe_base, resolve
 
+    for method in study.methods:
+        checked_kind(method.quantization)
     unet = describe_base(resolve(study.model)).unet
     for path in study.adapters.values():
         check_adapter(Path(path), unet)
@@ -159,7 +162,9 @@ def settle(
         "faces": study.faces if isinstance(study.faces, str) else study.faces.name,
         "interpolation_weights": study.interpolation_weights,
         "base_prompts": [prompt.text for prompt in world.random_prompts(study.base_pictures)],
-        "methods": {m.name: [m.adapter, _plain(m.photo), _plain(m.style), m.shrink] for m in study.methods},
+        "methods": {
+            m.name: [m.adapter, _plain(m.photo), _plain(m.style), m.shrink, m.quantization] for m in study.methods
+        },
     }
     path = folder / "study.json"
     scored = path.is_file() and (folder / "scores").is_dir()
@@ -173,11 +178,11 @@ def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 class Pipelines:
-    """The model with one adapter at a time, everybody as that adapter sees them, and what is drawn with it."""
+    """The model with one adapter and precision at a time, everybody as that adapter sees them, and what is drawn."""
 
     def __init__(self, study: "StudyConfig", people: "Sequence[Person]") -> None:
         self._study, self._people = study, people
-        self._loaded: dict[str, tuple[InfiniteIDPipeline, dict[int, list[Identity]]]] = {}
+        self._loaded: dict[tuple[str, str], tuple[InfiniteIDPipeline, dict[int, list[Identity]]]] = {}
         # XLA does not come back before a picture ends; in a thread of its own it lets this one hear Ctrl-C.
         self._worker = ThreadPoolExecutor(1)
 
@@ -185,19 +190,20 @@ class Pipelines:
         """Everybody in one prompt."""
         import numpy as np
 
-        identities = self._load(method.adapter)[1][method.shrink]
+        which = method.adapter, method.quantization
+        identities = self._load(*which)[1][method.shrink]
         size = min(self._study.group, len(identities))
         found = []
         for g, start in enumerate(range(0, len(identities), size)):
             some = identities[start : start + size]
             padded = some + some[-1:] * (size - len(some))  # one shape, one program
-            images = self._call(method.adapter, prompt.text, padded, seed=seed(p, g), **settings)
+            images = self._call(which, prompt.text, padded, seed=seed(p, g), **settings)
             found.append(images[: len(some)])
         return np.concatenate(found)
 
     def given(self, method: "Method") -> list[dict[str, float]]:
         """Whether a face was found in each person's photo, of a method that makes it smaller."""
-        identities = self._load(method.adapter)[1][method.shrink]
+        identities = self._load(method.adapter, method.quantization)[1][method.shrink]
         return [{"photo_face": float(identity.face is not None)} for identity in identities]
 
     def draw_text(self, prompt: "Prompt", p: int) -> "np.ndarray":
@@ -207,51 +213,57 @@ class Pipelines:
         size = min(self._study.group, len(self._people))
         groups = range(-(-len(self._people) // size))
         texts = [prompt.text] * len(groups)
-        images = self._call(self._any(), texts, None, seed=[seed(p, g) for g in groups])
+        images = self._call(self._for_text(), texts, None, seed=[seed(p, g) for g in groups])
         return np.repeat(images, size, axis=0)[: len(self._people)]
 
     def draw_base(self, prompts: "Sequence[Prompt]", start: int) -> "np.ndarray":
         """A picture of each prompt, by the text alone."""
         seeds = [10**6 + start + i for i in range(len(prompts))]
-        return self._call(self._any(), [prompt.text for prompt in prompts], None, seed=seeds)
+        return self._call(self._for_text(), [prompt.text for prompt in prompts], None, seed=seeds)
 
     def draw_between(
         self, prompts: "Sequence[Prompt]", first: int, weights: Sequence[float | None], p: int
     ) -> "np.ndarray":
         """Pictures on the way from one person's tokens to the next's (Fig. 14); None: both side by side (Fig. 13)."""
         method = self._study.methods[0]
-        pipe, identities = self._load(method.adapter)
+        which = method.adapter, method.quantization
+        pipe, identities = self._load(*which)
         both = identities[1][first : first + 2]
         mixed = [pipe.mix_identities(both, None if weight is None else [1 - weight, weight]) for weight in weights]
-        return self._call(method.adapter, prompts[p].text, mixed, seed=seed(p, first // 2), **(method.photo or {}))
+        return self._call(which, prompts[p].text, mixed, seed=seed(p, first // 2), **(method.photo or {}))
 
-    def _any(self) -> str:
-        return next(iter(self._loaded), next(iter(self._study.adapters)))
+    def _for_text(self) -> tuple[str, str]:
+        """For text alone, of which every adapter draws the same: one that is loaded, in full precision."""
+        full = [which for which in self._loaded if which[1] == "none"]
+        return next(iter(full), (next(iter(self._study.adapters)), "none"))
 
-    def _call(self, adapter: str, *args: Any, **settings: Any) -> "np.ndarray":
+    def _call(self, which: tuple[str, str], *args: Any, **settings: Any) -> "np.ndarray":
         import numpy as np
 
-        pipe, _ = self._load(adapter)
+        pipe, _ = self._load(*which)
         every = {**self._study.sampling, **settings, "output": "numpy"}
         images = self._worker.submit(pipe, *args, **every).result().images
         assert isinstance(images, np.ndarray)
         return np.rint(images * 255).astype(np.uint8)
 
-    def _load(self, adapter: str) -> "tuple[InfiniteIDPipeline, dict[int, list[Identity]]]":
+    def _load(self, adapter: str, quantization: str) -> "tuple[InfiniteIDPipeline, dict[int, list[Identity]]]":
         """The pipeline and {how much smaller the photos were made: everybody}, encoded before anything is drawn."""
         from infinite_id_jax import InfiniteIDPipeline
 
-        if adapter not in self._loaded:
+        which = adapter, quantization
+        if which not in self._loaded:
             self._loaded.clear()
             path = self._study.adapters[adapter]
-            pipe = InfiniteIDPipeline.from_pretrained(self._study.model, path, faces=self._study.faces)
+            pipe = InfiniteIDPipeline.from_pretrained(
+                self._study.model, path, faces=self._study.faces, quantization=quantization
+            )
             whole = [encoded(pipe, person) for person in self._people]
             identities = {1: whole}
             for by in {method.shrink for method in self._study.methods if method.adapter == adapter} - {1}:
                 both = zip(self._people, whole, strict=True)
                 identities[by] = [encoded_smaller(pipe, person, by, identity) for person, identity in both]
-            self._loaded[adapter] = pipe, identities
-        return self._loaded[adapter]
+            self._loaded[which] = pipe, identities
+        return self._loaded[which]
 
 
 def encoded(pipe: "InfiniteIDPipeline", person: "Person") -> "Identity":

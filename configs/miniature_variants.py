@@ -45,18 +45,22 @@ def _method(name: str, title: str, changes: dict[str, Any]) -> Method:
     return Method(name, title, "full", changes, style)
 
 
+_METHODS = (
+    *(_method(*variant) for variant in _VARIANTS),
+    *(
+        Method(kind, f"with {kind} products in the U-Net's transformers", "full", {}, _MEAN, quantization=kind)
+        for kind in ("int8", "float8")
+    ),
+)
 study = dataclasses.replace(
     defaults,
     world=world,
     identities=50,
     prompts=10,
-    methods=(
-        Method("full", "Infinite-ID", "full", {}, _MEAN),
-        *(_method(name, title, changes) for name, title, changes in _VARIANTS),
-    ),
+    methods=(Method("full", "Infinite-ID", "full", {}, _MEAN), *_METHODS),
     claims=tuple(
-        Claim(f"{title[0].upper()}{title[1:]}, {called} is higher", metric, name, "full")
-        for name, title, _ in _VARIANTS
+        Claim(f"{method.title[0].upper()}{method.title[1:]}, {called} is higher", metric, method.name, "full")
+        for method in _METHODS
         for metric, called in _METRICS.items()
     ),
     interpolation_weights=(),

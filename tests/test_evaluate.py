@@ -168,6 +168,7 @@ def study_of(model: str, adapters: dict[str, str], world: type[LittleWorld] = Li
             Method("full", "Infinite-ID", "full", {}, MEAN),
             Method("smaller", "photo of an eighth of the size", "full", {}, None, shrink=8),
             Method("other", "another adapter", "other", {}, {}),
+            Method("int8", "with 8-bit products", "full", {}, None, quantization="int8"),
         ),
         claims=(
             Claim("Full keeps more of the face", "m_face", "full", "other"),
@@ -203,10 +204,11 @@ def calls():
     load, call = InfiniteIDPipeline.from_pretrained, InfiniteIDPipeline.__call__
     loaded, drawn = {}, []
 
-    def loading(model, adapter, *, faces):
-        if adapter not in loaded:
-            loaded[adapter] = load(model, adapter, faces=faces)
-        return loaded[adapter]
+    def loading(model, adapter, **more):
+        which = adapter, more["quantization"]
+        if which not in loaded:
+            loaded[which] = load(model, adapter, **more)
+        return loaded[which]
 
     def counted(self, prompts, identities=None, **settings):
         drawn.append((prompts, identities, settings))
@@ -255,9 +257,9 @@ def test_the_world_and_the_faces_are_of_their_protocols():
 
 def test_metrics_have_the_promised_surface(finished):
     content = results(finished[0])
-    assert set(content["methods"]) == {"full", "smaller", "other", "text_only", "reference_copy", "drawn"}
+    assert set(content["methods"]) == {"full", "smaller", "other", "int8", "text_only", "reference_copy", "drawn"}
     assert set(content["methods_photo"]) == set(content["methods"])
-    assert set(content["methods_style"]) == set(content["methods"]) - {"smaller"}
+    assert set(content["methods_style"]) == set(content["methods"]) - {"smaller", "int8"}
     for metrics in content["methods"].values():
         for name, (value, low, high) in metrics.items():
             assert value is not None, name
@@ -364,8 +366,8 @@ def test_every_picture_has_a_row_and_a_file(finished):
     folder = finished[0]
     with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    # Five people in three prompts; "smaller" draws the two photographs alone.
-    assert len(rows) == 5 * (3 + 2 + 3 + 3 + 3 + 3)
+    # Five people in three prompts; "smaller" and "int8" draw the two photographs alone.
+    assert len(rows) == 5 * (3 + 2 + 3 + 2 + 3 + 3 + 3)
     assert len({(row["method"], row["identity"], row["prompt"]) for row in rows}) == len(rows)
     for row in rows:
         assert row["text"] == LittleWorld().prompts(3)[int(row["prompt"])].text
@@ -386,7 +388,7 @@ def test_every_picture_has_a_row_and_a_file(finished):
 
 
 def test_the_report_is_whole_and_holds_its_pictures(finished):
-    assert (finished[0] / "tables.md").read_text().count("\n## ") == 4
+    assert (finished[0] / "tables.md").read_text().count("\n## ") == 5
     page = (finished[0] / "report.html").read_text()
     assert page.rstrip().endswith("</html>")
     for title in (
@@ -412,8 +414,8 @@ def test_groups_share_noise_and_settings_follow_the_prompt(finished):
     drawn = finished[1]
     full = [(prompt, people, settings) for prompt, people, settings in drawn if people is not None and len(people) == 2]
     first = [each for each in full if each[0] == "a photo person by day"]
-    # Three groups, three methods that draw photographs; then interpolations of two pairs, each with its own noise.
-    assert [settings["seed"] for _, _, settings in first] == [0, 1, 2] * 3 + [0, 1]
+    # Three groups, four methods that draw photographs; then interpolations of two pairs, each with its own noise.
+    assert [settings["seed"] for _, _, settings in first] == [0, 1, 2] * 4 + [0, 1]
     assert first[2][1][0] is first[2][1][1]
     assert {settings.get("style_merge") for prompt, _, settings in full if "drawn" in prompt} == {"adain_mean", None}
     assert not [settings for prompt, _, settings in full if "photo" in prompt and "style_merge" in settings]
@@ -495,6 +497,14 @@ def test_another_study_in_the_same_folder_is_refused(config, finished, capsys):
         )
 
 
+def test_a_method_may_multiply_8_bit_numbers(finished):
+    """Its pictures are not those of full precision, and not far from them."""
+    folder = finished[0] / "images"
+    names = [path.relative_to(folder / "int8") for path in (folder / "int8").rglob("*.png")]
+    both = [[np.asarray(Image.open(folder / method / name), int) for name in names] for method in ("full", "int8")]
+    assert 0 < np.abs(np.subtract(*both)).mean() < 1  # of 255; measured: 0.33
+
+
 def test_another_world_in_the_same_folder_is_refused(config, finished, capsys):
     renamed = config.with_name("RenamedWorld.py")
     assert "holds another study's scores" in refused(capsys, renamed, finished[0])
@@ -563,7 +573,7 @@ def test_a_study_that_failed_before_any_score_does_not_stand_in_the_way(config, 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--methods", "full", "half"], "--methods half: choose from full, other, smaller"),
+        (["--methods", "full", "half"], "--methods half: choose from full, int8, other, smaller"),
         (["--identities", "0"], "--identities is 0: give 1 or more"),
         (["--prompts", "-1"], "--prompts is -1: give 1 or more"),
         (["--steps", "0"], "--steps is 0: give 1 or more"),

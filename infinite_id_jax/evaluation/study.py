@@ -22,6 +22,7 @@ class Method:
     photo: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)  # None: not run on photographs
     style: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)  # None: not run on other styles
     shrink: int = 1  # the given photo has the detail of a photo smaller by this
+    quantization: str = "none"  # of the U-Net's products: none, int8 or float8
 
 
 @dataclasses.dataclass(frozen=True)
