@@ -13,7 +13,7 @@ from flax import nnx
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.sharding import gathered
 from infinite_id_jax.stable_diffusion.clip_vision import VisionOutput
-from infinite_id_jax.stable_diffusion.config import UNetConfig
+from infinite_id_jax.stable_diffusion.config import MAX_SIDE, UNetConfig
 from infinite_id_jax.stable_diffusion.kernels import divide_rows
 from infinite_id_jax.typing import Array, Float, Int, UInt
 
@@ -101,6 +101,8 @@ def latent_shape(
         if pixels < factor or pixels % factor:
             nearest = max(factor, round(pixels / factor) * factor)
             raise InputError(f"The {name} {pixels} is not a multiple of {factor}: take {nearest}.")
+        if pixels > MAX_SIDE:
+            raise InputError(f"The {name} {pixels} is more than {MAX_SIDE}: SDXL draws about 1024 pixels a side.")
     return size["height"] // factor, size["width"] // factor, unet.in_channels
 
 

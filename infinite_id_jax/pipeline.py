@@ -266,6 +266,8 @@ class InfiniteIDPipeline:
         for prompt in dict.fromkeys([*prompts, *negative]):
             if cut := self.cut_words(prompt):
                 warnings.warn(CutPromptWarning(prompt, cut), stacklevel=2)
+        if not 0 <= finite("guidance_rescale", guidance_rescale) <= 1:
+            raise InputError(f"guidance_rescale {guidance_rescale} is out of range: give 0 to 1.")
         switches = Switches(
             streams, attention, style_merge, cross_merge, text_stream, pooled_text, step_range, layer_range
         )

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from infinite_id_jax.errors import CutPromptWarning, InputError, finite
 from infinite_id_jax.files import miniature
+from infinite_id_jax.stable_diffusion.config import MAX_SIDE
 
 if TYPE_CHECKING:
     from infinite_id_jax.faces.extract import ExtractedFace
     from infinite_id_jax.identity.features import Needs
-
-MAX_SIDE = 8192  # far beyond SDXL's training; sizes that overflow XLA's counters end the process without a word
 
 
 def fill_in(args: argparse.Namespace) -> None:

@@ -379,6 +379,17 @@ def test_releases_of_full_size_fit_with_nothing_left_over(family, torch_sdxl, tm
         check_keys(expected, open_tensors(file, stack), name)
 
 
+@pytest.mark.parametrize("change", ["a layer of number 10^9", "a width of 0"])
+def test_a_header_of_a_few_bytes_asks_for_no_large_model(change, torch_sdxl, tmp_path):
+    shapes = published.shapes("ip_adapter_plus", torch_sdxl, published.Sizes())
+    if change == "a width of 0":
+        shapes = {key: (shape[0], 0) if key.endswith("to_k_ip.weight") else shape for key, shape in shapes.items()}
+    else:
+        shapes["image_proj.layers.1000000000.0.to_q.weight"] = (1280, 1280)
+    with pytest.raises(InputError, match=r"not numbered from 0 on|no identity adapter of a known family"):
+        read_adapter_config(write_header(tmp_path / "x.safetensors", shapes))
+
+
 @pytest.mark.parametrize(
     ("name", "version"),
     [("faceid-plusv2_sdxl", 2), ("faceid-plus-v2", 2), ("Plus_V2", 2), ("my-plus-faceid-plusv2", 2), ("mine", 2),

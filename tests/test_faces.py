@@ -22,6 +22,7 @@ from infinite_id_jax.faces.align import (
 )
 from infinite_id_jax.faces.backends import get_backend
 from infinite_id_jax.faces.extract import detect_faces, extract_face
+from infinite_id_jax.faces.mtcnn_dlib import MTCNNDlib
 from infinite_id_jax.faces.photo import open_photo
 from infinite_id_jax.faces.protocol import Face
 from tests import photos
@@ -335,6 +336,30 @@ def test_a_tight_crop_is_found_with_a_border(offline, astronaut):
     assert np.abs(moved - astronaut.face.keypoints).max() < 4  # measured 1
     assert np.linalg.norm(found.embedding - astronaut.embedding) < SAME_PERSON  # measured 0.32
     assert found.clip_crop.shape == (224, 224, 3)
+
+
+class Bordered(MTCNNDlib):
+    """Finds one face in the middle of what has a border, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[int, ...]] = []
+
+    def detect(self, photo):
+        self.shown.append(photo.shape)
+        height, width = photo.shape[:2]
+        if len(self.shown) < 2:
+            return []
+        middle = np.array([width / 2, height / 2])
+        return [Face((*(middle - 64), *(middle + 64)), 1.0, np.tile(middle, (5, 1)))]
+
+
+def test_a_border_around_a_large_photo_takes_little():
+    """A quarter of 9,000 pixels on each side would be 38 million."""
+    backend = Bordered()
+    (face,) = detect_faces(np.zeros((3000, 9000, 3), np.uint8), backend)
+    assert backend.shown == [(3000, 9000, 3), (427 + 640, 1280 + 640, 3)]
+    np.testing.assert_allclose(face.keypoints, np.tile([4500, 1500], (5, 1)), atol=4)  # half a pixel of the small one
+    assert face.box[2] - face.box[0] == pytest.approx(128 * 9000 / 1280)
 
 
 def test_in_a_group_the_largest_is_taken_with_a_warning(offline, astronaut):

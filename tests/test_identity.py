@@ -291,6 +291,8 @@ def test_stacking_unequal_identities_is_invisible_to_attention():
         ({"clip_mapper": "none", "face_tokens": 0}, "neither a clip_mapper nor face_tokens"),
         ({"face_dim": 0}, "positive integer"),
         ({"clip_dim": "1664"}, "positive integer"),
+        ({"resampler_depth": 10**9}, "resampler_depth must be a positive integer"),  # which would be built
+        ({"face_hidden": "32"}, "face_hidden must be a positive integer"),
         ({"clip_layer": "first"}, "is not of"),
         ({"lora_rank": 4}, "unknown keys lora_rank"),
     ],

@@ -223,6 +223,7 @@ def test_cudnn_is_asked_for_what_it_has_kernels_for(mesh, monkeypatch):
         "rows left over": heads(6, 64, 2, 64),
         "heads left over": heads(4, 64, 3, 64),
         "vae": heads(4, 300, 2, 512),
+        "one key": (heads(4, 64, 2, 64)[0], *heads(4, 1, 2, 64)[1:]),
         "fp32": heads(4, 64, 2, 64, dtype=jnp.float32),
     }
     with contextlib.ExitStack() as stack:
@@ -231,7 +232,7 @@ def test_cudnn_is_asked_for_what_it_has_kernels_for(mesh, monkeypatch):
             stack.enter_context(jax.set_mesh(make_mesh(mesh)))
         found = {name: (asked.clear(), jax.jit(dot_product_attention)(*xs), asked[:])[1:] for name, xs in cases.items()}
     expected = {name: ["cudnn"] for name in ("cudnn", "one row", "rows left over")}
-    expected |= {"heads left over": [None if mesh else "cudnn"], "vae": [], "fp32": [None]}
+    expected |= {"heads left over": [None if mesh else "cudnn"], "vae": [], "fp32": [None], "one key": [None]}
     assert {name: calls for name, (_, calls) in found.items()} == expected
     for name, xs in cases.items():
         assert largest_error(found[name][0].astype(jnp.float32), plain(*xs).astype(jnp.float32)) < 2e-2, name

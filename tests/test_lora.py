@@ -217,6 +217,33 @@ def test_merged_as_diffusers_loads_it(reference, tmp_path, spelling):
     assert_close(our_outputs(base), plain, 0)  # the base is as it was
 
 
+@pytest.mark.parametrize("clip", ["text_encoders.clip_{}.transformer.", "clip_{}."])
+def test_the_dotted_names_of_comfyui_and_onetrainer(reference, tmp_path, clip):
+    _, base, factors = reference
+    parts = {"text_encoder": clip.format("l"), "text_encoder_2": clip.format("g")}
+    tensors = {}
+    for (part, name), (down, up, alpha) in factors.items():
+        full = f"diffusion_model.{reference.original(name)}" if part == "unet" else f"{parts[part]}{name}"
+        tensors |= {
+            f"{full}.lora_down.weight": down,
+            f"{full}.lora_up.weight": up,
+            f"{full}.alpha": torch.tensor(alpha),
+        }
+    ours = read_lora(save(tensors, tmp_path / "dotted.safetensors"), base)
+    expected = read_lora(save(kohya(factors, reference.original), tmp_path / "kohya.safetensors"), base)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def test_a_words_own_embedding_is_left_out_and_named(reference, tmp_path):
+    _, base, factors = reference
+    tensors = kohya(factors, reference.original)
+    expected = read_lora(save(tensors, tmp_path / "plain.safetensors"), base)
+    more = {"bundle_emb.anna.clip_l": torch.zeros(2, 768), "bundle_emb.anna.clip_g": torch.zeros(2, 1280)}
+    with pytest.warns(UserWarning, match="brings embeddings of words of its own, which are left out: anna"):
+        ours = read_lora(save(tensors | more, tmp_path / "bundled.safetensors"), base)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
 # Beside the base
 
 
@@ -419,6 +446,7 @@ TARGETS = ["to_q", "to_out.0", "ff.net.2", "conv1"]
         {"lora_alpha": 6},
         {"lora_alpha": 6, "use_rslora": True},
         {"lora_alpha": 6, "alpha_pattern": {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 1}},
+        {"lora_alpha": 6, "alpha_pattern": {"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 1}},
     ],
     ids=str,
 )

@@ -215,6 +215,8 @@ def test_a_photograph_becomes_an_identity(tiny, tmp_path):
         ({"output": "jpeg"}, "output"),
         ({"height": 70}, "height 70 is not a multiple of 8: take 72"),
         ({"width": 0}, "width 0"),
+        ({"width": 16384}, "width 16384 is more than 8192"),
+        ({"guidance_rescale": 7.5}, "guidance_rescale 7.5 is out of range"),
         ({"steps": 0}, "0 steps"),
         ({"seed": -1}, "Seeds lie between 0 and 4294967295"),
         ({"seed": [1, 2, 3]}, "3 seeds for 1 prompts"),

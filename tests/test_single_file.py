@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.tiny_vocabulary import byte_symbols
 from infinite_id_jax import InfiniteIDPipeline
+from infinite_id_jax.diffusion.schedule import alphas_cumprod
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.inject import inject
 from infinite_id_jax.sharding import make_mesh, parameter_sharding
@@ -318,6 +319,27 @@ def test_the_marker_of_v_prediction(rewritten, base, tiny, tmp_path):
     assert read_settings(path, tiny.model) == base.settings  # a scheduler that is named goes before
     save_single_file(base._replace(settings=settings), tmp_path / "v.safetensors")
     assert_same(load_base(tmp_path / "v.safetensors", config=config), base._replace(settings=settings))
+
+
+@pytest.mark.parametrize(("said", "expected"), [("v", "v_prediction"), ("epsilon", "epsilon")])
+def test_what_a_header_says_of_the_prediction(original, tiny, tmp_path, said, expected):
+    """As kohya's scripts write it."""
+    save_file(load_file(original), tmp_path / "said.safetensors", metadata={"modelspec.prediction_type": said})
+    config = without_scheduler(tiny, tmp_path / "config")
+    assert read_settings(tmp_path / "said.safetensors", config).schedule.prediction_type == expected
+
+
+def test_a_table_of_noise_is_sdxls_or_refused(rewritten, tiny, tmp_path):
+    """Of zero terminal SNR after Lin et al. 2023, Alg. 1."""
+    sdxl = torch.from_numpy(alphas_cumprod(SDXL.schedule))
+    roots = sdxl.sqrt()
+    zero = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    config = without_scheduler(tiny, tmp_path / "config")
+    path = rewritten(lambda file: file.update(alphas_cumprod=sdxl.bfloat16()))
+    assert read_settings(path, config).schedule == SDXL.schedule
+    path = rewritten(lambda file: file.update(alphas_cumprod=zero.bfloat16()))
+    with pytest.raises(InputError, match=r"has a table of noise that is not SDXL's.*name a configuration folder"):
+        read_settings(path, config)
 
 
 def test_zero_terminal_snr_needs_a_scheduler(rewritten, base, tiny, tmp_path):

@@ -360,6 +360,12 @@ def test_damaged_index(text, tmp_path, content):
     refused(text, tmp_path, "model.safetensors.index.json is damaged", "fetch it again")
 
 
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors"])
+def test_an_index_names_no_file_elsewhere(text, tmp_path, name):
+    sharded(text, tmp_path).write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(text, tmp_path, f"names the weights {name}, outside of its folder")
+
+
 @pytest.mark.parametrize(
     "damage",
     [lambda x: x[:-1], lambda x: x[: len(x) // 2], lambda x: x[:100], lambda x: b"", lambda x: b"<html>" * 99],

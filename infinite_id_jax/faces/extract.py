@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from infinite_id_jax.errors import InputError, NoFaceError
 from infinite_id_jax.faces.align import clip_crop, similarity_crop
@@ -13,6 +14,7 @@ from infinite_id_jax.faces.protocol import Crop, Face, FaceBackend, Photo
 # Detectors look for a head with some room around it; a tight crop gets it as a share of its longer side.
 PADDINGS = (0.25, 0.75)
 PADDING_GRAY = 128
+_SEARCHED = 1280  # pixels of a photo's longer side that are given a border: detectors look at no more
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,30 @@ def extract_face(
 
 def detect_faces(photo: Photo, backend: FaceBackend) -> list[Face]:
     """Finds the faces of a photo, the largest first; a photo that shows none is tried again with a border."""
-    faces = backend.detect(photo)
+    faces, small = backend.detect(photo), None
     for share in PADDINGS:
         if faces:
             break
-        faces = _detect_padded(photo, backend, round(share * max(photo.shape)))
+        small = _reduced(photo) if small is None else small
+        faces = _detect_padded(small, backend, round(share * max(small.shape)), photo.shape[1] / small.shape[1])
     return sorted(faces, key=lambda face: face.area, reverse=True)
 
 
-def _detect_padded(photo: Photo, backend: FaceBackend, border: int) -> list[Face]:
+def _reduced(photo: Photo) -> UInt8[np.ndarray, "h w 3"]:
+    """A border around a panorama would be a hundred times as many pixels as it has."""
+    height, width = photo.shape[:2]
+    scale = _SEARCHED / max(height, width)
+    if scale >= 1:
+        return photo
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
+
+
+def _detect_padded(photo: Photo, backend: FaceBackend, border: int, ratio: float) -> list[Face]:
+    """Faces in the pixels of the photo that this one is `ratio` times smaller than."""
     padded = np.pad(photo, ((border, border), (border, border), (0, 0)), constant_values=PADDING_GRAY)
     faces = []
     for face in backend.detect(padded):
-        x0, y0, x1, y1 = (side - border for side in face.box)
-        faces.append(replace(face, box=(x0, y0, x1, y1), keypoints=face.keypoints - border))
+        x0, y0, x1, y1 = (ratio * (side - border) for side in face.box)
+        faces.append(replace(face, box=(x0, y0, x1, y1), keypoints=ratio * (face.keypoints - border)))
     return faces

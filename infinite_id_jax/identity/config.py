@@ -96,8 +96,10 @@ def checked_range(name: str, value: Any) -> tuple[int, int | None]:
 def check_reach(steps: int, layers: int, **ranges: tuple[int, int | None]) -> None:
     """Raises InputError for a range of steps (or of layers, by its name) that begins behind the last one.
 
-    One that is empty on purpose, such as (0, 0), stands.
+    One that is empty on purpose, such as (0, 0), stands. So it does for no steps at all.
     """
+    if steps < 1:
+        raise InputError(f"{steps} steps draw nothing: give 1 or more.")
     for name, (first, end) in ranges.items():
         count, what = (layers, "layers") if name == "layer_range" else (steps, "steps")
         if first >= count and first != end:
@@ -218,9 +220,12 @@ class AdapterConfig(EncoderConfig):
         missing = sorted(required - values.keys())
         if missing:
             raise InputError(f"adapter_config.json: {', '.join(missing)} missing: write the file again.")
-        for name in sorted(required):
-            least = 0 if name == "face_tokens" else 1
-            if not isinstance(values[name], int) or values[name] < least:
+        numbers = {field.name: field.default for field in dataclasses.fields(cls) if "int" in str(field.type)}
+        for name in sorted(values.keys() & numbers.keys()):
+            if values[name] is None and numbers[name] is None:
+                continue
+            least, most = 0 if name == "face_tokens" else 1, 100 if name == "resampler_depth" else 2**20
+            if type(values[name]) is not int or not least <= values[name] <= most:
                 raise InputError(f"adapter_config.json: {name} must be a positive integer, not {values[name]!r}.")
         return cls(**{key: value for key, value in values.items() if key in known})
 

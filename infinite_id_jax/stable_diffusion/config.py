@@ -10,6 +10,9 @@ from infinite_id_jax.errors import InputError
 BASES = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}
 """The Stable Diffusions, by the width of their cross-attention."""
 
+MAX_SIDE = 8192
+"""Pixels, far beyond SDXL's training; sizes that overflow XLA's counters end the process without a word."""
+
 C = TypeVar("C", bound="_Config")
 
 

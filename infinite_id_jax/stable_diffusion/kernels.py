@@ -43,7 +43,7 @@ def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
     queries at a time, as do the others where all L x L weights would be many.
     """
     where = platform()
-    if where == "gpu" and _fused(q) and _divides(q):
+    if where == "gpu" and _fused(q, k) and _divides(q):
         return _on_each_device(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
     if where == "tpu" and _in_tiles(q, k) and _divides(q):
         return _on_each_device(_attend_in_tiles, q, k, v)
@@ -52,8 +52,10 @@ def dot_product_attention(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
     return jax.nn.dot_product_attention(q, k, v)
 
 
-def _fused(q: Array) -> bool:
-    """Whether cuDNN has a kernel for these heads; it has none for the VAE's one head of 512."""
+def _fused(q: Array, k: Array) -> bool:
+    """Whether cuDNN has a kernel for these heads; it has none for the VAE's one head of 512, nor for a single token."""
+    if 1 in (q.shape[1], k.shape[1]):
+        return False
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return half and q.shape[-1] <= _FUSED_HEAD and q.shape[-1] % 8 == 0 and _from_ampere_on()
 

@@ -253,7 +253,8 @@ def draw(shape: tuple[int, ...], seed: Any) -> Tensor:
     seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else seeds
     if len(seeds) != shape[0] or not all(isinstance(x, WHOLE | torch.Generator) for x in seeds):
         raise ValueError(f"seed {seed!r} cannot be used: give an integer or a torch.Generator, or one for each prompt.")
-    return randn_tensor(shape, [torch.Generator().manual_seed(int(x)) if isinstance(x, WHOLE) else x for x in seeds])
+    every = [torch.Generator().manual_seed(int(x)) if isinstance(x, WHOLE) else x for x in seeds]
+    return torch.cat([randn_tensor((1, *shape[1:]), generator=one, device=one.device).cpu() for one in every])
 
 
 class IdentityAttention:

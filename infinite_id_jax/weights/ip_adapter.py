@@ -42,9 +42,12 @@ class _Shapes:
     def perceiver(self, prefix: str = "") -> dict[str, int]:
         """Depth, heads and inner width of the perceiver's layers."""
         first = f"{prefix}layers.0."
-        numbers = [re.match(rf"image_proj\.{re.escape(prefix)}layers\.(\d+)\.", key) for key in self.tensors]
+        found = [re.match(rf"image_proj\.{re.escape(prefix)}layers\.(\d+)\.", key) for key in self.tensors]
+        numbers = {int(match[1]) for match in found if match}
+        if numbers != set(range(len(numbers))):  # a large number alone would be as many layers to build
+            raise InputError(f"{self.path} is damaged: its layers are not numbered from 0 on; fetch it again.")
         return {
-            "depth": 1 + max((int(match[1]) for match in numbers if match), default=0),
+            "depth": len(numbers),
             "heads": self.size(f"{first}0.to_q.weight", 0) // HEAD_DIM,
             "hidden": self.size(f"{first}1.1.weight", 0),
         }
@@ -59,7 +62,7 @@ def recognise(tensors: Mapping[str, Tensor], path: Path) -> PublishedConfig:
     shapes = _Shapes(tensors, path)
     family = next((make for sign, make in _FAMILIES if sign in shapes), None)
     keys = [key for key in tensors if key.endswith(".to_k_ip.weight")]
-    if family is None or not keys or len(tensors[keys[0]].shape) < 2:
+    if family is None or not keys or len(tensors[keys[0]].shape) < 2 or not tensors[keys[0]].shape[1]:
         kind = looks_like({key: tensor.shape for key, tensor in tensors.items()})
         absent = [part for part in _PARTS if not any(key.startswith(part) for key in tensors)]
         if len(absent) == 1 and all(key.startswith(_PARTS) for key in tensors):

@@ -221,9 +221,12 @@ def find_weights(folder: Path) -> Path:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        paths = [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        paths = [index.parent / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is damaged ({type(error).__name__}: {error}): fetch it again.") from None
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise InputError(f"{index} names the weights {shown(elsewhere[0])}, outside of its folder: fetch it again.")
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise InputError(f"{index.parent} misses the weight shards {', '.join(missing)}: fetch them again.")

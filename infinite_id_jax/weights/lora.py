@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike, fspath
@@ -55,6 +56,11 @@ _PARTS = (
     ("unet.", "unet"),
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
+    ("diffusion_model.", "unet"),  # ComfyUI's and OneTrainer's
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+    ("clip_l.", "text_encoder"),
+    ("clip_g.", "text_encoder_2"),
     ("", "unet"),  # a U-Net's LoRA saved alone
 )
 
@@ -64,6 +70,8 @@ _ROLES = (
     ("mid", r"\.lora_mid\.weight$"),  # LoCon's core between two 1x1 maps
     ("alpha", r"\.alpha$"),
 )
+
+_EMBEDDING = "bundle_emb."  # OneTrainer's: a word's own embedding, which a LoRA's file may bring
 
 _OTHER_KINDS = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA"),
@@ -118,6 +126,9 @@ def read_lora(path: Path, base: StableDiffusionXL) -> LoRA:
         tensors = open_tensors(path, stack)
         tensors.verify()
         _refuse_others(path, tensors, base.unet.config.cross_attention_dim)
+        if words := sorted({key.split(".")[1] for key in tensors if key.startswith(_EMBEDDING)}):
+            told = f"{path.name} brings embeddings of words of its own, which are left out: {shown(', '.join(words))}."
+            warnings.warn(told, UserWarning, stacklevel=2)
         settings = _settings(path)
         layers = {part: _layers(module) for part, module in _modules(base).items()}
         found, problems = _assigned(tensors, _aliases(base, layers))
@@ -259,6 +270,8 @@ def _assigned(
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
+        if key.startswith(_EMBEDDING):
+            continue
         role, place = _parsed(key)
         name = aliases.get(place)
         roles = found.setdefault((place[0], name), {}) if name and role else None
@@ -314,11 +327,22 @@ def _ratio(roles: Mapping[str, Tensor], settings: Mapping[str, Any], part: str, 
         return _number(_whole(roles["alpha"]).reshape(()).item()) / rank
     of_part = {key.removeprefix(f"{part}."): value for key, value in settings.items()}
     patterns: Mapping[str, Any] = of_part.get("alpha_pattern") or {}
-    full = f".text_model.{name}"
-    alpha = next((value for key, value in patterns.items() if full.endswith(f".{key}")), of_part.get("lora_alpha"))
+    alpha = next((value for key, value in patterns.items() if _is_meant(name, key)), of_part.get("lora_alpha"))
     if alpha is None:
         return 1.0
     return _number(alpha) / (math.sqrt(rank) if of_part.get("use_rslora") else rank)
+
+
+def _is_meant(name: str, pattern: str) -> bool:
+    """Whether PEFT's pattern is of this layer: the end of its name, or after a "^" all of it.
+
+    Raises ValueError for other regular expressions, which no file from elsewhere is to run here.
+    """
+    key = pattern.removeprefix("^")
+    if re.search(r"[\\^$*+?{}\[\]|()]", key):
+        raise ValueError(f"its alpha_pattern {shown(pattern)} is more than the name of a layer")
+    names = (name, f"text_model.{name}")
+    return key in names if pattern != key else any(f".{each}".endswith(f".{key}") for each in names)
 
 
 def _number(alpha: Any) -> float:

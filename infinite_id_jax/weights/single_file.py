@@ -7,7 +7,10 @@ from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 
-from infinite_id_jax.diffusion.schedule import ScheduleConfig
+import numpy as np
+from safetensors import safe_open
+
+from infinite_id_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.weights.causes import looks_like
 from infinite_id_jax.weights.compvis import (
@@ -35,6 +38,7 @@ _OTHERS: tuple[tuple[str, str], ...] = (
     (r"^(model\.diffusion_model\.)?joint_blocks\.", "SD 3"),
     (r"^edm_(mean|std)$|^edm_vpred\.", "an SDXL trained on EDM's noise (Playground 2.5)"),
 )
+_ROUNDING = 0.01  # of a table in bfloat16; that of zero terminal SNR is 0.03 off
 _INPUTS = {9: "an inpainting model", 8: "an InstructPix2Pix model"}  # by channels, where plain SDXL has 4
 # What checkpoints carry beside the four models: averages of training, tables of noise, markers, what SDXL never uses.
 _DROPPED = re.compile(
@@ -111,15 +115,29 @@ def _refuse_others(path: Path, found: Mapping[str, Tensor], settings: Settings) 
 
 
 def marked_schedule(path: Path) -> ScheduleConfig:
-    """SDXL's noise, with v-prediction where the file is marked `v_pred`, as ComfyUI reads it.
+    """SDXL's noise, with v-prediction where the file is marked `v_pred`, as ComfyUI reads it, or says so in its header,
+    as kohya's scripts do.
 
-    Raises InputError for the mark of zero terminal SNR, `ztsnr`.
+    Raises InputError for the mark of zero terminal SNR, `ztsnr`, and for a table of noise that is not SDXL's.
     """
     with ExitStack() as stack:
-        markers = open_tensors(path, stack).keys() & {"v_pred", "ztsnr"}
-    if "ztsnr" in markers:
+        tensors = open_tensors(path, stack)
+        markers = tensors.keys() & {"v_pred", "ztsnr"}
+        stored = tensors.get("alphas_cumprod")
+        table = None if stored is None else np.asarray(stored.read((slice(None),)), np.float64)
+    ours = alphas_cumprod(SDXL.schedule)
+    other = table is not None and (table.shape != ours.shape or np.abs(table - ours).max() > _ROUNDING)
+    if other or "ztsnr" in markers:
+        why = "has a table of noise that is not SDXL's" if other else "is marked ztsnr"
         raise InputError(
-            f"{path} was trained to zero terminal SNR (it is marked ztsnr), which is not built: take another model, or "
-            "name a configuration folder with the scheduler to sample it with."
+            f"{path} was trained to zero terminal SNR or on other noise (it {why}), which is not built: take another "
+            "model, or name a configuration folder with the scheduler to sample it with."
         )
-    return dataclasses.replace(SDXL.schedule, prediction_type="v_prediction") if markers else SDXL.schedule
+    velocity = "v_pred" in markers or _said(path) in ("v", "v_prediction")
+    return dataclasses.replace(SDXL.schedule, prediction_type="v_prediction") if velocity else SDXL.schedule
+
+
+def _said(path: Path) -> str:
+    """What the header says that the model predicts."""
+    with safe_open(path, framework="numpy") as file:
+        return (file.metadata() or {}).get("modelspec.prediction_type", "")
