@@ -188,12 +188,22 @@ def base_parts(source: Path, settings: "Settings", dtype: str) -> Iterator[tuple
 
 
 def copy_parts(source: Path, folder: Path, parts: Sequence[str]) -> None:
-    """Folders of `source` that are no part of our base, with what its model_index.json says of them."""
+    """Folders of `source` that are no part of our base, with what its model_index.json says of them.
+
+    Settings and safetensors alone. Raises InputError for a link that leads out of the model.
+    """
     from infinite_id_jax.stable_diffusion.config import read_json
 
     said = read_json(source / "model_index.json") if (source / "model_index.json").is_file() else {}
     for part in parts:
-        shutil.copytree(source / part, folder / part)
+        (folder / part).mkdir(parents=True)
+        for file in sorted((source / part).iterdir()):
+            if file.suffix not in (".json", ".txt", ".safetensors"):
+                continue
+            real = file.resolve()  # in a hub's cache files are links to blobs/
+            if not real.is_relative_to(source.resolve()) and real.parent.name != "blobs":
+                raise InputError(f"{file} is a link out of the model: put the file itself there, or remove it.")
+            shutil.copyfile(real, folder / part / file.name)
     index = read_json(folder / "model_index.json") | {part: said[part] for part in parts if part in said}
     save_json(index, folder / "model_index.json")
 

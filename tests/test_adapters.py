@@ -425,6 +425,9 @@ def test_a_round_trip_keeps_every_bit(case, tiny, tmp_path):
     for key, value in case.state.items():
         assert torch.equal(saved[key], value), key
     config = read_adapter_config(tmp_path / "saved")  # V1 and V2 are told apart without the file's name
+    file = tmp_path / "saved" / "adapter.safetensors"
+    assert read_adapter_config(file) == config
+    assert infinite_id_diffusers.read_adapter(file).config == infinite_id_diffusers.read_adapter(file.parent).config
     assert config == read_adapter_config(case.file)
     again = load_adapter(tmp_path / "saved", load_unet(tiny.model, read_settings(tiny.model)))
     for key, value in torch_state(again).items():

@@ -356,6 +356,7 @@ def test_a_base_goes_out_and_comes_back(tiny, unet, tmp_path, capsys):
     assert_holds(folder / "unet" / "diffusion_pytorch_model.safetensors", torch_state(unet))
     for file in (model / "image_encoder").iterdir():
         assert (folder / "image_encoder" / file.name).read_bytes() == file.read_bytes()
+    (model / "image_encoder" / "notes.bin").write_bytes(b"a pickle, maybe")
     card = (folder / "README.md").read_text()
     for said in ('license_name: "mit"', "# Stable Diffusion XL in float32, made from sdxl-1.0", "| image_encoder/ |"):
         assert said in card
@@ -364,6 +365,17 @@ def test_a_base_goes_out_and_comes_back(tiny, unet, tmp_path, capsys):
     [block] = code_blocks(folder)
     exec(block, names)
     assert names["pipe"].image_encoder.config.hidden_size == tiny.clip_dim
+
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    (copied / "model_index.json").write_text("{}")
+    export.copy_parts(model, copied, ["image_encoder"])
+    assert not (copied / "image_encoder" / "notes.bin").exists()
+    (tmp_path / "secret.json").write_text("{}")
+    (model / "image_encoder" / "more.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(InputError, match=r"more\.json is a link out of the model"):
+        export.copy_parts(model, tmp_path / "refused", ["image_encoder"])
+    (model / "image_encoder" / "more.json").unlink()
 
     assert run("--checkpoint", model, "--output", tmp_path / "file", "--format", "comfyui") == 0
     assert "image_encoder left out" in capsys.readouterr().out

@@ -91,12 +91,12 @@ def _shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
 def _read_config(path: Path, tensors: dict[str, Tensor] | None, stack: ExitStack) -> EncoderConfig:
     """From the folder's JSON file; what that does not say, and a published adapter's whole, from the tensors."""
     file = find_adapter(path)
-    values: dict[str, Any] = {"format": "ip_adapter"}
-    if path.is_dir() and file.name == WEIGHTS:
-        values = read_json(path / CONFIG)
+    values, said = {"format": "ip_adapter"}, file.with_name(CONFIG)
+    if file.name == WEIGHTS and (path.is_dir() or said.is_file()):  # a folder's file is no less than the folder
+        values = read_json(said)
     if values.get("format") == "ip_adapter":
         config = recognise(open_tensors(file, stack) if tensors is None else tensors, file)
-        return _as_saved(config, values, path / CONFIG)
+        return _as_saved(config, values, said)
     try:
         config = AdapterConfig.from_dict(values)
     except InputError as error:

@@ -137,6 +137,8 @@ def read_adapter(path: str | Path) -> Adapter:
         cure = f"`python export.py --checkpoint {path} --format diffusers` of infinite_id_jax makes a folder of it"
         raise ValueError(f"{path} is a pickle and this reads safetensors only: {cure}.")
     try:
+        if path.name == "adapter.safetensors" and path.with_name("adapter_config.json").is_file():
+            path = path.parent  # a folder's file is no more and no less than the folder
         if path.is_dir():
             config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
             path = path / "adapter.safetensors"
