@@ -368,17 +368,15 @@ class InfiniteIDPipeline:
         return jnp.stack([nobody, tokens][-halves:]).astype(self._adapter_dtype)
 
     def _encode_prompts(self, prompts: list[str], negative: str | Sequence[str] | None, halves: int) -> TextCondition:
+        texts = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+        if len(texts) != len(prompts):
+            raise InputError(f"{len(texts)} negative prompts for {len(prompts)} prompts: give one, or one for each.")
         cond = self._encode_text(prompts)
         if halves == 1:
             return jax.tree.map(lambda x: x[None], cond)
         if negative is None and self.settings.zeros_for_no_negative:
             uncond = jax.tree.map(jnp.zeros_like, cond)
         else:
-            texts = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-            if len(texts) != len(prompts):
-                raise InputError(
-                    f"{len(texts)} negative prompts for {len(prompts)} prompts: give one, or one for each."
-                )
             uncond = self._encode_text(texts)
         return jax.tree.map(lambda *halves: jnp.stack(halves), uncond, cond)
 

@@ -272,6 +272,13 @@ def test_mixing_and_interpolation():
         encoder.interpolate([a, encoder.mix([a, b])], [0.5, 0.5])
 
 
+def test_unlike_mixtures_do_not_stack_to_a_multiple_of_all():
+    with pytest.raises(
+        InputError, match=r"Together identities of \[8, 12, 20\] tokens take 120 each: draw them in several calls"
+    ):
+        encoder.stack([normal(0, count, 3) for count in (8, 12, 20)])
+
+
 def test_stacking_unequal_identities_is_invisible_to_attention():
     """A person of 4 tokens beside a pair of 8: the first one's tokens are repeated."""
     q, one, two = normal(0, 1, 9, 1, 3), normal(1, 4, 3), normal(2, 8, 3)

@@ -226,6 +226,7 @@ def test_a_photograph_becomes_an_identity(tiny, tmp_path):
         ({"layer_range": (99, None)}, r"layer_range begins at 99 and there are \d+ layers"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"\[1, 4, 8, 8\]"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"negative_prompt": ["a", "b"], "guidance_scale": 1.0}, "2 negative prompts for 1 prompts"),
         ({"text_scale": np.nan}, "text_scale is nan"),
         ({"guidance_scale": np.inf}, "guidance_scale is inf"),
         ({"step_range": (3, 1)}, r"step_range \(3, 1\) is no range"),

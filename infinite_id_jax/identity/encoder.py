@@ -91,6 +91,12 @@ def interpolate(identities: Sequence[Float[Array, "K D"]], weights: Sequence[flo
 
 
 def stack(identities: Sequence[Float[Array, "_ D"]]) -> Float[Array, "M K D"]:
-    """Identities of different token counts in one array: repeating all tokens of one is invisible to softmax."""
-    length = math.lcm(*(identity.shape[0] for identity in identities))
+    """Identities of different token counts in one array: repeating all tokens of one is invisible to softmax.
+
+    Raises InputError for counts whose least common multiple would be many times as long.
+    """
+    counts = [identity.shape[0] for identity in identities]
+    length = math.lcm(*counts)
+    if length > 4 * max(counts):
+        raise InputError(f"Together identities of {counts} tokens take {length} each: draw them in several calls.")
     return jnp.stack([jnp.tile(identity, (length // identity.shape[0], 1)) for identity in identities])
