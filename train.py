@@ -283,7 +283,7 @@ def describe_run(config: "TrainConfig", model: Model, loader: "Loader", *, one_b
     more |= {"image_encoder": fingerprint(model.vision)} if model.vision else {}
     texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") if config.method.entangled else ()
     return {
-        "model": {part: fingerprint(model.folder / part) for part in ("unet", "scheduler", *texts)},
+        "model": {part: fingerprint(model.folder / part) for part in ("unet", "scheduler", "vae/config.json", *texts)},
         "dtype": config.model.dtype,
         "adapter": config.adapter.to_dict(),
         "method": method,
