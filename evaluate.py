@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     settle(study, world, people, prompts, args.output_dir)
     keep_compiled()
     judged = Judged(world, people, prompts, study.group, args.output_dir, args.part)
+    judged.check()
     pipes = Pipelines(study, people)
     for method in tqdm(study.methods, "methods", unit="method"):
         for p, prompt in enumerate(tqdm(prompts, method.name, unit="prompt", leave=False)):
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         between = partial(pipes.draw_between, prompts)
         judged.between(INTERPOLATION, study.interpolation_weights, between, photographs)
         judged.between(MIXING, [None], between, photographs)
+    settle(study, world, people, prompts, args.output_dir)  # whose files may have been changed meanwhile
     if args.part != (1, 1):
         print(f"Part {args.part[0]} of {args.part[1]} is drawn: when all are, the same command without --part sums up.")
         return 0

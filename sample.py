@@ -120,7 +120,9 @@ def parser() -> argparse.ArgumentParser:
     face.add_argument(
         "--id-weights", type=float, nargs="+", metavar="W", help="with mix: interpolate, weights sum to 1"
     )
-    face.add_argument("--face-index", type=int, metavar="N", help="which face of a group photo; 0 is the largest")
+    face.add_argument(
+        "--face-index", type=int, nargs="+", metavar="N", help="which face of each photo, or of all; 0 is the largest"
+    )
     face.add_argument(
         "--faces", default="auto", metavar="BACKEND", help="auto, offline, insightface or insightface/PACK"
     )
@@ -187,12 +189,14 @@ def find_faces(args: argparse.Namespace) -> list["ExtractedFace"]:
 
     photos = [open_photo(path) for path in args.id_image]
     backend = get_backend(args.faces, download=args.download_faces)
+    given = args.face_index or [None]
+    indices = given * len(photos) if len(given) == 1 else given
     faces = []
-    for path, photo in zip(args.id_image, photos, strict=True):
+    for path, photo, index in zip(args.id_image, photos, indices, strict=True):
         with _naming(Path(path).name):
-            face = extract_face(photo, backend, face_index=args.face_index)
+            face = extract_face(photo, backend, face_index=index)
         box = ", ".join(f"{x:.0f}" for x in face.face.box)
-        print(f"{Path(path).name}: face {args.face_index or 0} of {face.count}, at ({box}), by {backend.name}.")
+        print(f"{Path(path).name}: face {index or 0} of {face.count}, at ({box}), by {backend.name}.")
         faces.append(face)
     return faces
 

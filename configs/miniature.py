@@ -106,9 +106,11 @@ study = StudyConfig(
         Claim("Mixed attention costs little identity", "m_face", "full", "no_mixed", -0.05),
         Claim("Mutual attention loses identity", "m_face", "full", "mutual"),
         Claim("Mutual attention loses consistency with the text", "clip_t", "full", "mutual"),
+        Claim("Mutual attention loses prompted attributes", "prompted", "full", "mutual"),
         Claim("The merge of cross-attentions raises the consistency with the text", "clip_t", "full", "no_merge"),
         Claim("The merge raises the accuracy of prompted attributes", "prompted", "full", "no_merge"),
         Claim("AdaIN-mean gains style", "prompted_style", "full", "no_adain", prompts="style"),
+        Claim("AdaIN-mean raises the consistency with style prompts", "clip_t", "full", "no_adain", prompts="style"),
         Claim("AdaIN-mean keeps more identity than AdaIN", "m_face", "full", "adain", prompts="style"),
         Claim("Without AdaIN-mean the identity is kept better", "m_face", "no_adain", "full", prompts="style"),
         Claim("AdaIN gains style", "prompted_style", "adain", "no_adain", prompts="style"),
@@ -120,5 +122,6 @@ study = StudyConfig(
         Claim("An eighth of it loses little text", "clip_t", "smaller_8", "full", -0.01, "photo"),
         Claim("Prompted attributes lose at most 5 points", "prompted", "full", "text_only", -0.05),
     ),
+    base_pictures=1000,
     half_way=("skin", "hair", "hair_colour", "facial_hair", "brows"),
 )

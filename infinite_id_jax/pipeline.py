@@ -297,7 +297,7 @@ class InfiniteIDPipeline:
             report=self._reporter if progress is not None else None,
         )
         noise = conditioning.initial_noise(len(prompts), shape, seed, latents)
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):  # kernels are divided by it
+        with self._on_mesh():
             ended = self._sample(
                 program,
                 self._unet[1],
@@ -325,8 +325,13 @@ class InfiniteIDPipeline:
             raise InputError("Identities need an adapter: load one with from_pretrained(base, adapter=PATH).")
         return self.adapter
 
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it kernels are divided over the devices."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
     def _see(self, pixels: Float[Array, "B H W 3"]) -> VisionOutput:
-        return conditioning.encode_crops(nnx.split(self.image_encoder), pixels)
+        with self._on_mesh():
+            return conditioning.encode_crops(nnx.split(self.image_encoder), pixels)
 
     def _identity(self, features: FaceFeatures, face: ExtractedFace | None = None) -> Identity:
         """Tokens of a person and the unconditional ones: of zeros, or CLIP's of an image of zeros (decision 11)."""

@@ -83,6 +83,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--seed {args.seed}{last} is out of range: seeds lie between 0 and {2**32 - 1}.")
     if args.id_weights is not None:
         _check_id_weights(args)
+    if args.face_index is not None and len(args.face_index) not in (1, len(args.id_image)):
+        count = f"{len(args.face_index)} numbers for {len(args.id_image)} photos"
+        raise InputError(f"--face-index has {count}: give one for all, or one for each.")
 
 
 def _check_id_weights(args: argparse.Namespace) -> None:

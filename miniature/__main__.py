@@ -114,9 +114,10 @@ def train_adapter(folder: Path, name: str, *settings: str) -> None:
 def ship(folder: Path) -> None:
     """Put the model, its judges and both adapters where the package looks for them, in half precision.
 
-    The index comes last: it says that all is there.
+    The index comes last, and that of an earlier model goes first: it says that all is there.
     """
     index = "model_index.json"
+    (MINIATURE / index).unlink(missing_ok=True)
     shutil.copytree(folder / "model", MINIATURE, dirs_exist_ok=True, ignore=shutil.ignore_patterns(index))
     shutil.copytree(folder / "judges", MINIATURE / "judges", dirs_exist_ok=True)
     for name in ("adapter", "adapter_entangled"):

@@ -144,8 +144,8 @@ class MiniatureWorld:
         return _shown(avatars.Person(**person.look), prompt)
 
     def asked(self, prompt: Prompt) -> dict[str, str]:
-        """As of somebody whose beard hides nothing."""
-        return _shown(replace(avatars.person(0, "test"), facial_hair="none"), prompt)[0]
+        """As of somebody whose beard hides what a beard can: the base alone may draw one."""
+        return _shown(replace(avatars.person(0, "test"), facial_hair="long beard"), prompt)[0]
 
     def chance(self) -> dict[str, float]:
         """Of 1,000 test people."""

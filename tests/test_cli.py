@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -199,6 +200,7 @@ def test_a_senseless_value_is_named_with_its_option(capsys, place, tmp_path, opt
         (["--dtype", "float16"], "float16 does not run on a CPU"),
         (["--step-range", "50:"], "step_range begins at 50 and there are"),
         (["--face-index", "4"], "Eileen Collins ü.png: There is no face 4: the photo has 1"),
+        (["--face-index", "0", "1"], "--face-index has 2 numbers for 1 photos: give one for all, or one for each."),
         (["--model", "nowhere"], "The model folder nowhere does not exist"),
         (["--adapter", "nowhere"], "The adapter folder nowhere does not exist"),
         (["--image-encoder", "nowhere"], "no CLIP image encoder at nowhere: name its folder with --image-encoder"),
@@ -250,6 +252,8 @@ def test_a_group_is_warned_of_and_face_index_chooses(capsys, place, tmp_path):
     chosen = capsys.readouterr()
     assert "warning" not in chosen.err
     assert "face 2 of 3" in chosen.out
+    assert sample.main([*argv, "--id-image", str(place / "family.png"), "--face-index", "1", "0"]) == 0
+    assert re.findall(r"face \d of 3", capsys.readouterr().out) == ["face 1 of 3", "face 0 of 3"]
 
 
 # Models

@@ -153,7 +153,7 @@ class DarkWorld(LittleWorld):
 
     def people(self, count):
         found = super().people(count)
-        return [found[0], found[1]._replace(photo=np.zeros((SIZE, SIZE, 3), np.uint8)), *found[2:]]
+        return [found[0], found[1]._replace(photo=np.ones((SIZE, SIZE, 3), np.uint8)), *found[2:]]
 
 
 MEAN = {"style_merge": "adain_mean"}
@@ -283,13 +283,16 @@ def test_metrics_have_the_promised_surface(finished):
         assert ("no_face_zero" in entry) == (entry["metric"] == "m_face")
     assert [(entry["metric"], entry["first"], entry["second"]) for entry in content["claims"]] == [
         ("m_face", "full", "other"), ("prompted_style", "full", "text_only"), ("m_face", "smaller", "full"),
-        ("m_face", "full", "m_face_bar"), ("identity_colour", "full", "half_way"),
+        ("m_face", "full", "m_face_impostor_95"), ("m_face", "full", "m_face_cross_impostor_95"),
+        ("m_face", "full", "m_face_cross_impostor_95"), ("identity_colour", "full", "half_way"),
         ("prompted", "base", "0.97"), (content["base"]["least"][0], "base", "0.9"),
-        ("monotone_to_second", "interpolation", "chance"), ("monotone_from_first", "interpolation", "chance"),
-        ("lead_first", "mixing", "others"), ("to_first", "mixing", "m_face_bar"),
-        ("lead_second", "mixing", "others"), ("to_second", "mixing", "m_face_bar"),
+        ("least_step_to_second", "interpolation", "0"), ("least_step_from_first", "interpolation", "0"),
+        ("lead_first", "mixing", "others"), ("to_first", "mixing", "m_face_impostor_95"),
+        ("lead_second", "mixing", "others"), ("to_second", "mixing", "m_face_impostor_95"),
     ]  # fmt: skip
     assert content["claims"][2]["verdict"] == "confirmed"  # cosines differ by 2 at most
+    steps = np.diff([value for value, _, _ in content["interpolation"]["to_second"]])
+    assert any(content["interpolation"]["least_step_to_second"][0] == pytest.approx(step, abs=2e-6) for step in steps)
     assert [bool(entry.get("note")) for entry in content["claims"][:4]] == [True, False, False, False]
     assert "trained once" in content["claims"][0]["note"]
     assert content["settings"]["identities"] == 5
@@ -298,15 +301,19 @@ def test_metrics_have_the_promised_surface(finished):
 def test_a_claim_is_its_figure_less_its_bar(finished):
     """Bars are taken as known: each interval is the figure's own, moved."""
     content = results(finished[0])
-    entries = {(entry["metric"], entry["second"]): entry["difference"] for entry in content["claims"]}
+    entries = {(entry["metric"], entry["second"], entry["prompts"]): entry["difference"] for entry in content["claims"]}
     full, base = content["methods"]["full"], content["baselines"]
     figures = {
-        ("m_face", "m_face_bar"): (full["m_face"], base["m_face_bar"]),
-        ("identity_colour", "half_way"): (full["identity_colour"], base["half_way"]["identity_colour"]),
-        ("prompted", "0.97"): (content["base"]["mean"], 0.97),
-        ("monotone_to_second", "chance"): (content["interpolation"]["monotone_to_second"], 0.5),
-        ("lead_first", "others"): (content["mixing"]["lead_first"], 0.0),
-        ("to_second", "m_face_bar"): (content["mixing"]["to_second"], base["m_face_bar"]),
+        ("m_face", "m_face_impostor_95", "all"): (full["m_face"], base["m_face_impostor_95"]),
+        ("m_face", "m_face_cross_impostor_95", "style"): (
+            content["methods_style"]["full"]["m_face"],
+            base["m_face_cross_impostor_95"]["style"],
+        ),
+        ("identity_colour", "half_way", "all"): (full["identity_colour"], base["half_way"]["identity_colour"]),
+        ("prompted", "0.97", "all"): (content["base"]["mean"], 0.97),
+        ("least_step_to_second", "0", "photo"): (content["interpolation"]["least_step_to_second"], 0),
+        ("lead_first", "others", "photo"): (content["mixing"]["lead_first"], 0.0),
+        ("to_second", "m_face_impostor_95", "photo"): (content["mixing"]["to_second"], base["m_face_impostor_95"]),
     }
     for key, (figure, bar) in figures.items():
         assert entries[key] == pytest.approx(np.array(figure) - bar, abs=2e-6), key
@@ -344,7 +351,6 @@ def test_bounds_and_baselines_are_what_the_world_is(finished):
     assert base["chance"] == LittleWorld().chance()
     assert base["half_way"] == {"identity_colour": 0.7}
     assert set(base["m_face_cross_impostor_95"]) == {"photo", "style"}
-    assert base["m_face_bar"] == max(base["m_face_impostor_95"], *base["m_face_cross_impostor_95"].values())
     assert base["chance_prompted"] == pytest.approx({"scene": 2 / 3, "style": 2 / 3}, abs=1e-6)  # of three prompts
     assert content["base"]["judge"]["prompted_scene"] == 1
     assert set(content["base"]["chance"]) == set(content["base"]["attributes"])
@@ -441,10 +447,18 @@ def test_the_same_command_draws_nothing_again(config, finished, calls):
     assert (folder / "metrics.json").read_bytes() == metrics
 
 
-def test_scores_that_are_missing_alone_are_taken_again(config, finished, calls, tmp_path):
+def test_what_is_missing_alone_is_made_again(config, finished, calls, tmp_path):
+    """Scores from the pictures that are there; a prompt's pictures, where one of them is gone."""
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
+    for method in ("full", "other", "base"):
+        (folder / "scores" / method / "0000.json").unlink()
+    calls.clear()
+    assert run(config, folder) == 0
+    assert not calls
+    assert (folder / "metrics.json").read_bytes() == (finished[0] / "metrics.json").read_bytes()
     (folder / "scores" / "other" / "0001.json").unlink()
+    next((folder / "images" / "other" / "prompt01").iterdir()).unlink()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     calls.clear()
     assert run(config, folder) == 0

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,12 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
+from infinite_id_jax.errors import NoFaceError
 from infinite_id_jax.evaluation.metrics import cosine, pairwise_cosine
 from infinite_id_jax.evaluation.study import BASE, DRAWN, INTERPOLATION, MIXING, REFERENCE
 from infinite_id_jax.evaluation.world import Person, Pictures, Prompt, Seen, World
 from infinite_id_jax.files import replacing
-from infinite_id_jax.images import save_png
+from infinite_id_jax.images import is_whole, save_png
 
 
 class Results(NamedTuple):
@@ -58,6 +59,12 @@ class Judged:
         self._scored: list[tuple[str, int]] = []
         self._others: list[tuple[str, int]] = []
 
+    def check(self) -> None:
+        """Raises NoFaceError for a given photo in which the judges find no face: nothing could be compared with it."""
+        for person, found in zip(self.people, self.seen_photos.found, strict=True):
+            if not found:
+                raise NoFaceError(f"No face was found in the photo of {person.name}: take --identities before them.")
+
     @cached_property
     def photos(self) -> Pictures:
         """Everybody's given photo."""
@@ -81,9 +88,10 @@ class Judged:
         """Score a method's pictures of everybody in prompt `p`; `more` gives each person's row further columns."""
         self._scored.append((name, p))
         path = self._path(name, p)
-        if self._is_drawn(path, p):
+        if self._is_drawn(path, p // 2):  # neighbours are of two kinds, of which each part has some
             return
-        images = draw()
+        files = [self._file(name, p, i) for i in range(len(self.people))]
+        images = self._kept(files, draw)
         seen = self.world.judge(images)
         rows = [self._row(name, p, i, seen) for i in range(len(self.people))]
         if more is not None:
@@ -109,7 +117,7 @@ class Judged:
             "prompt": p,
             "style": prompt.style,
             "text": prompt.text,
-            "file": f"images/{name}/prompt{p:02}/{person.name}.png",
+            "file": self._file(name, p, i),
             "found": float(found),
             "m_face": float(cosine(seen.face[i : i + 1], given.face[i : i + 1])[0]) if found else None,
             "rank_1": float(found and self._nearest(seen.face[i]) == i),
@@ -120,6 +128,16 @@ class Judged:
             **said,
             **kept,
         }
+
+    def _file(self, name: str, p: int, i: int) -> str:
+        return f"images/{name}/prompt{p:02}/{self.people[i].name}.png"
+
+    def _kept(self, files: Sequence[str], draw: Callable[[], Pictures]) -> Pictures:
+        """The pictures of an earlier run whose scores were deleted, or not yet written, where all are there."""
+        paths = [self.folder / file for file in files]
+        if not all(is_whole(path) for path in paths):
+            return draw()
+        return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
 
     def _nearest(self, face: np.ndarray) -> int:
         """Whose given photo is the most like a face."""
@@ -135,7 +153,8 @@ class Judged:
             self._others.append((BASE, start))
             if self._is_drawn(path, number):
                 continue
-            images = draw(some, start)
+            files = [f"images/{BASE}/{start + i:04}.png" for i in range(len(some))]
+            images = self._kept(files, partial(draw, some, start))
             seen = self.world.judge(images)
             people = [self.people[(start + i) % len(self.people)] for i in range(len(some))]
             drawn = np.stack([self.world.drawn(*each) for each in zip(people, some, strict=True)])
@@ -145,9 +164,8 @@ class Judged:
                 asked, shown = self.world.asked(prompt), self.world.expected(people[i], prompt)[0]
                 right = {f"prompted_{key}": float(seen.attributes[key][i] == value) for key, value in asked.items()}
                 right |= {f"drawn_{key}": float(judged.attributes[key][i] == value) for key, value in shown.items()}
-                file = f"images/{BASE}/{start + i:04}.png"
-                save_png(Image.fromarray(images[i]), self.folder / file, {"prompt": prompt.text})
-                rows.append({"text": prompt.text, "style": prompt.style, "file": file, "index": start + i, **right})
+                save_png(Image.fromarray(images[i]), self.folder / files[i], {"prompt": prompt.text})
+                rows.append({"text": prompt.text, "style": prompt.style, "file": files[i], "index": start + i, **right})
             self._save(path, rows)
 
     def between(

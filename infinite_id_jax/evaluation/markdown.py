@@ -5,8 +5,10 @@ from html import escape
 from pathlib import Path
 
 from infinite_id_jax.evaluation.metrics import Estimate
-from infinite_id_jax.evaluation.report import Claims, Report, Table, figure_text
+from infinite_id_jax.evaluation.report import CLAIMS, Claims, Report, Table, figure_text
 from infinite_id_jax.files import replacing
+
+_NONE = (float("nan"),) * 3
 
 
 def write_markdown(folder: Path, report: Report) -> Path:
@@ -25,8 +27,11 @@ def write_markdown(folder: Path, report: Report) -> Path:
 
 
 def _claims(block: Claims) -> str:
-    rows = [(each["claim"], each["verdict"], Estimate(*map(float, each["difference"]))) for each in block.claims]
-    return _table(("Claim", "Verdict", "Difference and 95% interval"), rows)
+    rows = [
+        (each["claim"], each["verdict"], *(Estimate(*map(float, each.get(name, _NONE))) for name in CLAIMS))
+        for each in block.claims
+    ]
+    return _table(("Claim", "Verdict", *CLAIMS.values()), rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str | int | float | Estimate]]) -> str:

@@ -60,12 +60,16 @@ class Claims:
     """What was expected and what was measured.
 
     Each claim has the keys `claim` (a sentence), `difference` (value and ends of its interval), `verdict`
-    (confirmed, not confirmed or contradicted) and, where that is not 0, `bound`.
+    (confirmed, not confirmed or contradicted), where that is not 0, `bound`, and of similarities of faces
+    `no_face_zero`, the difference where a picture without a face counts as 0.
     """
 
     claims: Sequence[Mapping[str, Any]]
     note: str = ""
 
+
+CLAIMS = {"difference": "Difference and 95% interval", "no_face_zero": "With 0 where no face is found"}
+"""The figures of a claim that are shown, and their titles."""
 
 Block = Table | ImageGrid | Figure | Claims
 
@@ -234,16 +238,18 @@ _SIGNS = {"confirmed": "\N{CHECK MARK}", "not confirmed": "?", "contradicted": "
 
 
 def _claims(claims: Claims) -> str:
-    names = ("Claim", "Verdict", "Difference and 95% interval")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names) + "<td></td>"
+    difference, no_face = CLAIMS.values()
+    names = ("Claim", "Verdict", difference, "", no_face)
+    head = "".join(f'<th scope="col">{name}</th>' if name else "<td></td>" for name in names)
     rows = []
     for claim in claims.claims:
         estimate, bound = Estimate(*map(float, claim["difference"])), float(claim.get("bound", 0))
-        kind = claim["verdict"].replace(" ", "-")
+        kind, zero = claim["verdict"].replace(" ", "-"), claim.get("no_face_zero")
         rows.append(
             f'<th scope="row">{escape(claim["claim"])}</th><td class="verdict {kind}">'
             f'<span aria-hidden="true">{_SIGNS[claim["verdict"]]}</span> {claim["verdict"]}</td>'
             f'<td class="number">{_figures(estimate)}</td><td class="{kind}">{_bar(estimate, bound)}</td>'
+            f'<td class="number">{_figures(Estimate(*map(float, zero))) if zero else ""}</td>'
         )
     return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{_rows(rows)}</tbody></table>'
 

@@ -43,7 +43,7 @@ def report_of(study: StudyConfig, results: Results, rows: Rows, content: Mapping
     titles = {method.name: method.title for method in study.methods} | _BOUNDS
     sections = [
         Section("What the paper claims", _CLAIMS, _claims(content["claims"])),
-        Section("All methods", _methods_text(results), _all_methods(content, titles)),
+        Section("All methods", _methods_text(results), _all_methods(study, content, titles)),
         Section("What the scores are worth", _BASELINES, _baselines(content)),
         Section("The base alone", _BASE, [_base(content)]),
         *_comparison(study, rows, titles),
@@ -90,13 +90,16 @@ def _methods_text(results: Results) -> str:
     return _METHODS + "; ".join(f"{name}: {judge}" for name, judge in results.judged_by.items()) + "."
 
 
-def _all_methods(content: Mapping[str, Any], titles: Mapping[str, str]) -> list[Block]:
+def _all_methods(study: StudyConfig, content: Mapping[str, Any], titles: Mapping[str, str]) -> list[Block]:
+    """Those that drew photographs and other styles together; each kind by itself."""
+    partial = {method.name for method in study.methods if method.photo is None or method.style is None}
+    whole = {name: metrics for name, metrics in content["methods"].items() if name not in partial}
     parts = {
-        "methods": "All prompts that a method drew.",
-        "methods_photo": "Photographs alone.",
-        "methods_style": "Other styles alone.",
+        "All prompts, of methods that drew them all.": whole,
+        "Photographs alone.": content["methods_photo"],
+        "Other styles alone.": content["methods_style"],
     }
-    return [_methods(content[part], titles, note) for part, note in parts.items() if content[part]]
+    return [_methods(methods, titles, note) for note, methods in parts.items() if methods]
 
 
 def _methods(methods: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], note: str) -> Table:
