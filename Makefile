@@ -10,7 +10,7 @@ LIBTPU := build/libtpu
 
 .PHONY: demo test pods lint clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.core
 	$(PY) -m examples.demo outputs/demo
 
 test: lint
@@ -28,6 +28,11 @@ lint: $(VENV)/.test
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: install one, or name it with PYTHON=."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# The demo needs no extra: the miniature is in the package.
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -c constraints.txt -e .
+	touch $@
 
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -c constraints.txt -e '.[$*]'

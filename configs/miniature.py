@@ -83,7 +83,7 @@ study = StudyConfig(
     adapters={"full": str(MINIATURE / "adapter"), "entangled": str(MINIATURE / "adapter_entangled")},
     faces="miniature",
     world=world,
-    sampling={"steps": 20, "guidance_scale": 5.0, "guidance_rescale": 0.7},
+    sampling={"steps": 12, "guidance_scale": 5.0, "guidance_rescale": 0.7},
     methods=(
         Method("full", "Infinite-ID", "full", {}, _MEAN),
         Method("no_mixed", "w/o mixed attention", "full", {"attention": "off"}, {"attention": "off", **_MEAN}),

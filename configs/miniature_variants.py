@@ -30,11 +30,11 @@ _VARIANTS = (
     ("pooled_zeros", "without the pooled text in the identity stream", {"pooled_text": "zeros"}),
     ("shared", "with both streams on the same latents", {"text_stream": "shared"}),
     ("mean_everywhere", "with AdaIN-mean in photographs too", _MEAN),
-    ("late_mixing", "with mixed attention in the second half of the steps alone", {"step_range": (10, None)}),
-    ("early_mixing", "with mixed attention in the first half of the steps alone", {"step_range": (0, 10)}),
+    ("late_mixing", "with mixed attention in the second half of the steps alone", {"step_range": (6, None)}),
+    ("early_mixing", "with mixed attention in the first half of the steps alone", {"step_range": (0, 6)}),
     ("identity_0.7", "with the identity weighted by 0.7", {"id_scale": 0.7}),
     ("guidance_3", "with a guidance of 3", {"guidance_scale": 3.0}),
-    ("guidance_first", "with guidance in the first half of the steps alone", {"guidance_range": (0, 10)}),
+    ("guidance_first", "with guidance in the first half of the steps alone", {"guidance_range": (0, 6)}),
     ("cached_2", "with the U-Net's inner levels in every second step", {"cache_interval": 2}),
     ("cached_3", "with the U-Net's inner levels in every third step", {"cache_interval": 3}),
 )
@@ -55,7 +55,7 @@ _METHODS = (
 study = dataclasses.replace(
     defaults,
     world=world,
-    identities=50,
+    identities=48,
     prompts=10,
     methods=(Method("full", "Infinite-ID", "full", {}, _MEAN), *_METHODS),
     claims=tuple(

@@ -20,7 +20,7 @@ from infinite_id_jax.typing import Array, Float
 from miniature import pictures, vae
 from miniature.fit import Budget, fit
 
-BUDGET = Budget(steps=2500, batch_size=16, learning_rate=5e-4, average=0.998)
+BUDGET = Budget(steps=1200, batch_size=16, learning_rate=5e-4, average=0.998)
 _WEIGHT = 0.1  # of the critic's opinion beside the difference of pixels
 _WIDTHS = (32, 64, 96)
 

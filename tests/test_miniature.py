@@ -827,6 +827,9 @@ def test_the_world_asks_for_what_a_right_picture_shows(untrained):
     people, prompts = world.people(3), world.prompts(20)
     assert [prompt.style == "photo" for prompt in prompts] == [True, False] * 10
     assert {person.name for person in people} == {"0000", "0001", "0002"}
+    later = MiniatureWorld(untrained / "model", first=2).people(1)[0]  # other studies take others
+    assert later.name == "0002"
+    np.testing.assert_array_equal(later.photo, people[2].photo)
     for person in people:
         assert person.others.shape == (6, 128, 128, 3)
         assert len({image.tobytes() for image in (person.photo, *person.others)}) == 7
