@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "--face-index", type=int, nargs="+", metavar="N", help="which face of each photo, or of all; 0 is the largest"
     )
     face.add_argument(
-        "--faces", default="auto", metavar="BACKEND", help="auto, offline, insightface or insightface/PACK"
+        "--faces", default="auto", metavar="BACKEND", help="auto, offline, insightface, insightface/PACK, miniature"
     )
     face.add_argument("--download-faces", action="store_true", help="let insightface fetch its packs (non-commercial)")
     face.add_argument("--save-aligned", action="store_true", help="also save the aligned crops of the photos")

@@ -4,7 +4,7 @@
 
     python train.py --config configs/miniature.py --output-dir runs/full
     python train.py --config configs/miniature.py --set method.entangled=True --output-dir runs/entangled
-    python evaluate.py --config configs/miniature.py --output-dir outputs/miniature \\
+    python evaluate.py --config configs/miniature.py --output-dir runs/study \\
         --adapter full=runs/full/adapter --adapter entangled=runs/entangled/adapter
 
 The photographs that the adapters are trained on are drawn into DIR/inputs first unless --set data.path names them.

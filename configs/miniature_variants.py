@@ -1,6 +1,6 @@
 """What docs/method.md decides, tried in the miniature: each choice against the defaults of configs/miniature.py.
 
-    python evaluate.py --config configs/miniature_variants.py --output-dir outputs/miniature_variants
+    python evaluate.py --config configs/miniature_variants.py --output-dir runs/variants
 
 On people of their own: whatever is chosen by its figures is chosen here, and never on the people of the study, whose
 figures would then be too good.
