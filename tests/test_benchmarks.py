@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,9 @@ def test_unet_report_has_every_phase_of_both_sides(report: dict):
 def test_meter_sees_a_copy_that_is_gone_at_the_end():
     meter = Meter()
     with meter.phase("copy"):
-        np.ones(64 * MEGABYTE, np.uint8).sum()
+        copy = np.ones(64 * MEGABYTE, np.uint8)
+        time.sleep(0.5)  # of a process of many gigabytes a reading takes tens of milliseconds
+        del copy
     phase = meter.phases["copy"]
     assert phase.anonymous - phase.anonymous_before > 60 * MEGABYTE
     assert len(phase.seconds) == 1

@@ -89,7 +89,12 @@ def everything(folder: Path, diagram: bytes) -> Report:
     )
     cells = [Cell(picture(48), ["face 0.69", HOSTILE]), Cell(folder / "drawn.png"), Cell(None, ["no face"])]
     claims = [
-        {"claim": HOSTILE, "difference": [0.1, 0.05, 0.15], "verdict": "confirmed"},
+        {
+            "claim": HOSTILE,
+            "difference": [0.1, 0.05, 0.15],
+            "verdict": "confirmed",
+            "no_face_zero": [0.04, 0.03, 0.05],
+        },
         {"claim": "cost", "difference": [-0.01, -0.03, 0.01], "verdict": "not confirmed", "bound": -0.02},
         {"claim": "gain", "difference": [-0.1, -0.2, -0.05], "verdict": "contradicted"},
         {"claim": "unknown", "difference": [NAN, NAN, NAN], "verdict": "not confirmed"},
@@ -109,10 +114,11 @@ def test_tables_and_claims_for_a_document(tmp_path, diagram):
     text = path.read_text()
     assert "<" not in text  # a cell is not a tag
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [len(row) for row in rows] == [3] * 10  # a table of two rows and one of four claims
+    assert [len(row) for row in rows] == [3] * 4 + [4] * 6  # a table of two rows and one of four claims
     assert rows[2] == ["ours", "-0.689 (-0.700 to -0.680)".replace("-", "\N{MINUS SIGN}"), "2000"]
     assert rows[3][1:] == ["\N{EN DASH}", "3"]
     assert [row[1] for row in rows[6:]] == ["confirmed", "not confirmed", "contradicted", "not confirmed"]
+    assert [row[3] for row in rows[6:]] == ["0.040 (0.030 to 0.050)", *"\N{EN DASH}" * 3]
     assert "Diagrams" not in text
     broken = Report("a | b\nc", "", [Section("s", "", [Table(["x|y"], [["1\n2"]])])])
     assert write_markdown(tmp_path, broken).read_text().splitlines()[-3:] == ["| x\\|y |", "| --- |", "| 1 2 |"]
