@@ -1,12 +1,13 @@
 """People of the miniature's world in other clothes, places, moods and styles: python -m examples.demo [FOLDER]."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from infinite_id_jax import InfiniteIDPipeline, save_image
-from infinite_id_jax.command_line import keep_compiled
+from infinite_id_jax.command_line import exit_code, keep_compiled
 from infinite_id_jax.images import labelled_grid
 
 PEOPLE = Path(__file__).parent / "people"  # test people, whom nothing was trained on
@@ -41,4 +42,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/demo")))
+    run = partial(main, Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/demo"))
+    sys.exit(exit_code(run, debug=False, interrupted="nothing was written.", smaller="close other programs."))

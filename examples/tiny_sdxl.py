@@ -48,7 +48,7 @@ SCHEDULER = {
 }
 
 
-def write_model(folder: Path, seed: int = 0) -> None:
+def write_model(folder: Path, seed: int = 0, unet: UNetConfig = UNET) -> None:
     """Write a whole model folder in diffusers' layout."""
     rngs = nnx.Rngs(seed)
     for name, pad_token in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
@@ -70,7 +70,7 @@ def write_model(folder: Path, seed: int = 0) -> None:
         architectures=("CLIPTextModelWithProjection",),
     )
     for name, module in (
-        ("unet", UNet2DConditionModel(UNET, rngs=rngs)),
+        ("unet", UNet2DConditionModel(unet, rngs=rngs)),
         ("vae", AutoencoderKL(VAE, rngs=rngs)),
         ("text_encoder", CLIPTextModel(first, rngs=rngs)),
         ("text_encoder_2", CLIPTextModel(second, rngs=rngs)),

@@ -340,8 +340,8 @@ class InfiniteIDPipeline:
         empty = features.empty_clip_hidden_states
         nobody = needs.nobody(person, self._hidden_states_of_zeros if needs.empty_image and empty is None else empty)
         rows = [jax.tree.map(lambda x: jnp.asarray(x[None], self._adapter_dtype), each) for each in (person, nobody)]
-        tokens, unconditional = (conditioning.map_features(self._split_adapter, row)[0] for row in rows)
-        return Identity(tokens, unconditional, face)
+        with self._on_mesh():
+            return Identity(*(conditioning.map_features(self._split_adapter, row)[0] for row in rows), face=face)
 
     @cached_property
     def _hidden_states_of_zeros(self) -> np.ndarray:

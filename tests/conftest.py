@@ -4,8 +4,9 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Both must stand before JAX starts.
 os.environ["XLA_FLAGS"] = (
@@ -54,9 +55,17 @@ class Tiny(NamedTuple):
         }
 
 
-def write_adapter(folder: Path, *, clip_dim: int, face_dim: int, face_tokens: int = 1, seed: int = 1) -> Path:
+def write_adapter(
+    folder: Path,
+    *,
+    clip_dim: int,
+    face_dim: int,
+    face_tokens: int = 1,
+    seed: int = 1,
+    levels: dict[str, Any] = reference_torch.THREE_LEVELS,
+) -> Path:
     """A random adapter folder for the tiny SDXL, written by the PyTorch reference."""
-    unet = reference_torch.tiny_sdxl_unet()
+    unet = reference_torch.tiny_sdxl_unet(levels=levels)
     weights = reference_torch.adapter_state_dict(unet, clip_dim, face_dim, face_tokens, seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "adapter.safetensors")
@@ -72,6 +81,9 @@ def write_adapter(folder: Path, *, clip_dim: int, face_dim: int, face_tokens: in
     return folder
 
 
+write_small_adapter = partial(write_adapter, levels=reference_torch.TWO_LEVELS)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
@@ -84,6 +96,21 @@ def pipe(tiny: Tiny):
     from infinite_id_jax import InfiniteIDPipeline
 
     return InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """With a U-Net of two levels."""
+    folder = tmp_path_factory.mktemp("small")
+    model = reference_torch.save_tiny_sdxl(folder / "model", levels=reference_torch.TWO_LEVELS)
+    return Tiny(model, write_small_adapter(folder / "adapter", clip_dim=32, face_dim=16))
+
+
+@pytest.fixture(scope="session")
+def small_pipe(small: Tiny):
+    from infinite_id_jax import InfiniteIDPipeline
+
+    return InfiniteIDPipeline.from_pretrained(small.model, small.adapter)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -495,9 +495,7 @@ def process(argv: list[str], **options) -> subprocess.Popen:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(place, tmp_path):
     out = tmp_path / "out"
-    # Its images are compared with themselves alone, so it may compile fast instead of well.
-    flags = os.environ["XLA_FLAGS"] + " --xla_backend_optimization_level=0"
-    run = process(arguments(place, out, "--num-images", "500"), env=os.environ | {"XLA_FLAGS": flags})
+    run = process(arguments(place, out, "--num-images", "500"))
     while not list(out.glob("*.png")):
         assert run.poll() is None, run.communicate()
         time.sleep(0.05)

@@ -22,7 +22,7 @@ from infinite_id_jax.evaluation.study import Claim, Method, StudyConfig
 from infinite_id_jax.evaluation.world import Person, Prompt, Seen, World
 from infinite_id_jax.faces.protocol import Face, FaceBackend
 from infinite_id_jax.images import read_metadata, shrunk
-from tests.conftest import write_adapter
+from tests.conftest import write_small_adapter
 
 ROOT = Path(__file__).parent.parent
 SIZE = 64
@@ -187,13 +187,13 @@ def study_of(model: str, adapters: dict[str, str], world: type[LittleWorld] = Li
 
 
 @pytest.fixture(scope="module")
-def config(tiny, tmp_path_factory) -> Path:
+def config(small, tmp_path_factory) -> Path:
     """A configuration file whose study has two adapters; beside it the same in other worlds."""
     folder = tmp_path_factory.mktemp("study")
-    other = write_adapter(folder / "other", clip_dim=32, face_dim=16, seed=2)
-    adapters = {"full": str(tiny.adapter), "other": str(other)}
+    other = write_small_adapter(folder / "other", clip_dim=32, face_dim=16, seed=2)
+    adapters = {"full": str(small.adapter), "other": str(other)}
     for world in ("LittleWorld", "RenamedWorld", "DottedWorld", "DarkWorld"):
-        text = f"study = little.study_of({str(tiny.model)!r}, {adapters!r}, little.{world})"
+        text = f"study = little.study_of({str(small.model)!r}, {adapters!r}, little.{world})"
         (folder / f"{world}.py").write_text(f"from tests import test_evaluate as little\n\n{text}\n")
     return folder / "LittleWorld.py"
 

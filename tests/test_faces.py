@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from infinite_id_jax.errors import InputError, MissingExtraError, NoFaceError
 from infinite_id_jax.faces import arcface
@@ -95,6 +95,22 @@ def test_gray_16_bit_and_cmyk_become_rgb(tmp_path):
     Image.fromarray(photos.astronaut()).convert("CMYK").save(path, quality=95)
     # An inverted CMYK would differ by about 100 on average; measured 1.1.
     assert np.abs(open_photo(path).astype(int) - photos.astronaut()).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_of_another_space_become_srgb(tmp_path, mode):
+    # A space in which the first number means blue and the last one red.
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+    stored = Image.fromarray(photos.astronaut()).convert(mode)
+    stored.save(tmp_path / "swapped.png", icc_profile=swapped)
+    opened = open_photo(tmp_path / "swapped.png").astype(int)
+    # The photo as it stands in the file is 37 levels away on average; measured 0.1, and 1 at most.
+    assert np.abs(opened - photos.astronaut()[..., ::-1]).max() <= 2
+    for kind, bytes_of_it in (("its own", profile), ("broken", swapped[:200])):
+        stored.save(tmp_path / "same.png", icc_profile=bytes_of_it)
+        np.testing.assert_array_equal(open_photo(tmp_path / "same.png"), photos.astronaut(), kind)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -21,14 +21,19 @@ from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.face_id import FaceIDConfig
 from infinite_id_jax.people import Identity, checked_people
 from infinite_id_jax.weights.folder import describe_base
-from tests.conftest import write_adapter
+from tests.conftest import write_small_adapter
 
 FAST = {"steps": 2, "height": 64, "width": 64, "output": "latent"}
 
 
 @pytest.fixture(scope="module")
-def people(pipe, tiny):
-    return [pipe.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
+def pipe(small_pipe):
+    return small_pipe
+
+
+@pytest.fixture(scope="module")
+def people(pipe, small):
+    return [pipe.encode_identity(FaceFeatures(**small.features(seed))) for seed in (10, 11)]
 
 
 def compilations(pipe) -> int:
@@ -83,8 +88,8 @@ def test_an_integer_seed_counts_up(pipe):
     assert np.abs(a.latents[0] - a.latents[1]).max() > 1e-2
 
 
-def test_a_second_text_encoder_projects_even_if_its_file_names_no_class(tiny, tmp_path, pipe):
-    model = shutil.copytree(tiny.model, tmp_path / "model")
+def test_a_second_text_encoder_projects_even_if_its_file_names_no_class(small, tmp_path, pipe):
+    model = shutil.copytree(small.model, tmp_path / "model")
     path = model / "text_encoder_2" / "config.json"
     config = json.loads(path.read_text())
     del config["architectures"]
@@ -134,26 +139,26 @@ def test_mixtures_stand_beside_single_people(pipe, people):
     np.testing.assert_allclose(one_sided.latents, alone.latents, atol=1e-4)
 
 
-def test_an_adapter_round_trip_is_bit_exact(pipe, tiny, tmp_path):
+def test_an_adapter_round_trip_is_bit_exact(pipe, small, tmp_path):
     pipe.save_adapter(tmp_path / "copy")
     from safetensors.numpy import load_file
 
-    original, copy = (load_file(folder / "adapter.safetensors") for folder in (tiny.adapter, tmp_path / "copy"))
+    original, copy = (load_file(folder / "adapter.safetensors") for folder in (small.adapter, tmp_path / "copy"))
     assert original.keys() == copy.keys()
     for key, array in original.items():
         np.testing.assert_array_equal(array, copy[key])
-    assert InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path / "copy").adapter.config == pipe.adapter.config
+    assert InfiniteIDPipeline.from_pretrained(small.model, tmp_path / "copy").adapter.config == pipe.adapter.config
 
 
-def test_half_precision_draws_nearly_the_same(pipe, people, tiny):
-    half = InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, dtype="bfloat16")
-    same = [half.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
+def test_half_precision_draws_nearly_the_same(pipe, people, small):
+    half = InfiniteIDPipeline.from_pretrained(small.model, small.adapter, dtype="bfloat16")
+    same = [half.encode_identity(FaceFeatures(**small.features(seed))) for seed in (10, 11)]
     ours, full = (p(["a man", "a dog"], who, **FAST).latents for p, who in ((half, same), (pipe, people)))
     # Measured: 0.033 of the largest latent; bfloat16 keeps 8 bits.
     assert np.abs(ours - full).max() <= 0.08 * np.abs(full).max()
 
 
-def test_loras_merged_or_beside_the_weights(tiny, tmp_path):
+def test_loras_merged_or_beside_the_weights(small, tmp_path):
     """Both draw the same; beside them, another strength compiles nothing; two files are one after the other."""
     files = []
     for number, layer in enumerate(("attn1.to_q", "attn2.to_v")):
@@ -167,8 +172,8 @@ def test_loras_merged_or_beside_the_weights(tiny, tmp_path):
     def draw(pipe):
         return pipe("a man", seed=3, **FAST).latents
 
-    merged = draw(InfiniteIDPipeline.from_pretrained(tiny.model, lora=dict(zip(files, (0.5, 1.0), strict=True))))
-    beside = InfiniteIDPipeline.from_pretrained(tiny.model, lora=files, merge_lora=False)
+    merged = draw(InfiniteIDPipeline.from_pretrained(small.model, lora=dict(zip(files, (0.5, 1.0), strict=True))))
+    beside = InfiniteIDPipeline.from_pretrained(small.model, lora=files, merge_lora=False)
     full, before = draw(beside), compilations(beside)
     beside.set_lora_scale(files[0], 0.5)
     np.testing.assert_allclose(draw(beside), merged, atol=1e-4)  # measured: 1.4e-5, latents up to 10
@@ -177,23 +182,23 @@ def test_loras_merged_or_beside_the_weights(tiny, tmp_path):
     with pytest.raises(InputError, match="The LoRA's scale is nan"):
         beside.set_lora_scale(files[0], np.nan)
     with pytest.raises(InputError, match=r"1\.safetensors is named twice"):
-        InfiniteIDPipeline.from_pretrained(tiny.model, lora=[files[1], tmp_path / "." / "1.safetensors"])
+        InfiniteIDPipeline.from_pretrained(small.model, lora=[files[1], tmp_path / "." / "1.safetensors"])
     with pytest.raises(InputError, match=r"The scale of .*0\.safetensors is inf"):
-        InfiniteIDPipeline.from_pretrained(tiny.model, lora={files[0]: np.inf})
+        InfiniteIDPipeline.from_pretrained(small.model, lora={files[0]: np.inf})
 
 
-def test_several_face_tokens(tiny, tmp_path):
-    folder = write_adapter(tmp_path / "four", clip_dim=32, face_dim=16, face_tokens=4)
-    person = InfiniteIDPipeline.from_pretrained(tiny.model, folder).encode_identity(FaceFeatures(**tiny.features(1)))
+def test_several_face_tokens(small, tmp_path):
+    folder = write_small_adapter(tmp_path / "four", clip_dim=32, face_dim=16, face_tokens=4)
+    person = InfiniteIDPipeline.from_pretrained(small.model, folder).encode_identity(FaceFeatures(**small.features(1)))
     assert person.tokens.shape == (261, 64)
 
 
-def test_a_photograph_becomes_an_identity(tiny, tmp_path):
+def test_a_photograph_becomes_an_identity(small, tmp_path):
     """The real detector and recogniser on a real photo, then CLIP, then the mappers."""
     from tests.photos import astronaut
 
-    folder = write_adapter(tmp_path / "dlib", clip_dim=32, face_dim=128)
-    pipe = InfiniteIDPipeline.from_pretrained(tiny.model, folder, faces="offline")
+    folder = write_small_adapter(tmp_path / "dlib", clip_dim=32, face_dim=128)
+    pipe = InfiniteIDPipeline.from_pretrained(small.model, folder, faces="offline")
     path = tmp_path / "astronaut.png"
     Image.fromarray(np.asarray(astronaut())).save(path)
     person = pipe.encode_identity(path)
@@ -240,9 +245,9 @@ def test_calls_that_cannot_be_used(pipe, people, call, says):
         pipe("a man", people, **{**FAST, **call})
 
 
-def test_what_is_no_identity_is_told_how_to_become_one(pipe, tiny):
+def test_what_is_no_identity_is_told_how_to_become_one(pipe, small):
     """As without these tests' checks of types, which would come before."""
-    for wrong, kind in ((FaceFeatures(**tiny.features(0)), "FaceFeatures"), ("anna.jpg", "str"), ([None], "NoneType")):
+    for wrong, kind in ((FaceFeatures(**small.features(0)), "FaceFeatures"), ("anna.jpg", "str"), ([None], "NoneType")):
         with pytest.raises(InputError, match=f"A {kind} is no identity: make one of it with encode_identity"):
             checked_people(wrong)
 
@@ -286,8 +291,8 @@ def test_inner_levels_are_run_anew_where_mixing_begins_and_ends(pipe, people):
         ("text_encoder_2", {"projection_dim": 24}, "pooled text of"),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused(tiny, tmp_path, part, change, says):
-    shutil.copytree(tiny.model, tmp_path / "model")
+def test_parts_that_do_not_go_together_are_refused(small, tmp_path, part, change, says):
+    shutil.copytree(small.model, tmp_path / "model")
     path = tmp_path / "model" / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=says):
@@ -308,12 +313,12 @@ def test_embeddings_of_another_recogniser_are_refused():
     assert AdapterConfig.from_dict(AdapterConfig(recogniser="miniature").to_dict()).recogniser == "miniature"
 
 
-def test_a_face_says_which_recogniser_saw_it(tiny, tmp_path):
+def test_a_face_says_which_recogniser_saw_it(small, tmp_path):
     """As a photo does, in whatever pipeline it was found."""
-    folder = shutil.copytree(tiny.adapter, tmp_path / "adapter")
+    folder = shutil.copytree(small.adapter, tmp_path / "adapter")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"recogniser": "miniature"}))
-    pipe = InfiniteIDPipeline.from_pretrained(tiny.model, folder)
+    pipe = InfiniteIDPipeline.from_pretrained(small.model, folder)
     crop, numbers = np.zeros((224, 224, 3), np.uint8), np.ones(pipe.adapter.config.face_dim, np.float32)
     face = ExtractedFace(Face((0.0, 0.0, 9.0, 9.0), 1.0, np.zeros((5, 2))), 1, crop, crop, crop, numbers, "offline")
     with pytest.raises(InputError, match="of miniature, which those of offline cannot be compared with"):
@@ -322,10 +327,10 @@ def test_a_face_says_which_recogniser_saw_it(tiny, tmp_path):
         pipe.encode_identity(dataclasses.replace(face, recogniser=name))
 
 
-def test_a_pipeline_that_told_of_its_steps_can_be_forgotten(tiny):
+def test_a_pipeline_that_told_of_its_steps_can_be_forgotten(small):
     """Compiled programs stay, and hold what they call."""
     told = []
-    pipe = InfiniteIDPipeline.from_pretrained(tiny.model)
+    pipe = InfiniteIDPipeline.from_pretrained(small.model)
     pipe("a man", progress=told.append, **FAST)
     assert told == [1, 2]
     gone = weakref.ref(pipe)
@@ -334,10 +339,10 @@ def test_a_pipeline_that_told_of_its_steps_can_be_forgotten(tiny):
     assert gone() is None
 
 
-def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):
+def test_models_and_features_that_do_not_fit(pipe, small, tmp_path):
     with pytest.raises(InputError, match="no prompt"):
         pipe([], **FAST)
-    features = tiny.features(0)
+    features = small.features(0)
     with pytest.raises(
         InputError, match=r"clip_hidden_states has shape \[257, 31\] and this adapter takes \[tokens, 32\]"
     ):
@@ -347,16 +352,16 @@ def test_models_and_features_that_do_not_fit(pipe, tiny, tmp_path):
     ):
         pipe.encode_identity(FaceFeatures(features["clip_hidden_states"], features["face_embedding"][None]))
     with pytest.raises(InputError, match=r"adapter folder .* does not exist"):
-        InfiniteIDPipeline.from_pretrained(tiny.model, tmp_path / "none")
+        InfiniteIDPipeline.from_pretrained(small.model, tmp_path / "none")
     with pytest.raises(InputError, match="float8"):
-        InfiniteIDPipeline.from_pretrained(tiny.model, dtype="float8")
+        InfiniteIDPipeline.from_pretrained(small.model, dtype="float8")
     with pytest.raises(InputError, match="float16 does not run on a CPU"):
-        InfiniteIDPipeline.from_pretrained(tiny.model, dtype="float16")
-    bare = InfiniteIDPipeline.from_pretrained(tiny.model)
+        InfiniteIDPipeline.from_pretrained(small.model, dtype="float16")
+    bare = InfiniteIDPipeline.from_pretrained(small.model)
     with pytest.raises(InputError, match="need an adapter"):
         bare.encode_identity(FaceFeatures(**features))
-    wide = write_adapter(tmp_path / "wide", clip_dim=32, face_dim=16)
+    wide = write_small_adapter(tmp_path / "wide", clip_dim=32, face_dim=16)
     config = wide / "adapter_config.json"
     config.write_text(config.read_text().replace('"cross_attention_dim": 64', '"cross_attention_dim": 768'))
     with pytest.raises(InputError, match="width 768, the model 64"):
-        InfiniteIDPipeline.from_pretrained(tiny.model, wide)
+        InfiniteIDPipeline.from_pretrained(small.model, wide)

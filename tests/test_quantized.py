@@ -22,8 +22,8 @@ PROMPTS = ["a photo of a man in the snow", "a drawing of a dog"]
 LARGEST = {"int8": 127.5, "float8": 448.0}  # of int8 half a step more than there are numbers, by qwix
 
 
-def drawn(pipe: InfiniteIDPipeline, tiny) -> np.ndarray:
-    people = [pipe.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
+def drawn(pipe: InfiniteIDPipeline, small) -> np.ndarray:
+    people = [pipe.encode_identity(FaceFeatures(**small.features(seed))) for seed in (10, 11)]
     return np.asarray(pipe(PROMPTS, people, latents=NOISE, steps=2, output="latent").latents)
 
 
@@ -69,13 +69,18 @@ def test_sums_of_products_do_not_overflow_half_precision(kind, dtype):
 
 
 @pytest.fixture(scope="module")
-def full(pipe, tiny) -> np.ndarray:
-    return drawn(pipe, tiny)
+def pipe(small_pipe):
+    return small_pipe
 
 
 @pytest.fixture(scope="module")
-def int8(tiny) -> InfiniteIDPipeline:
-    return InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, quantization="int8")
+def full(pipe, small) -> np.ndarray:
+    return drawn(pipe, small)
+
+
+@pytest.fixture(scope="module")
+def int8(small) -> InfiniteIDPipeline:
+    return InfiniteIDPipeline.from_pretrained(small.model, small.adapter, quantization="int8")
 
 
 def test_what_every_pixel_passes_in_every_step_is_quantized(int8):
@@ -86,22 +91,22 @@ def test_what_every_pixel_passes_in_every_step_is_quantized(int8):
         assert (leaf[...].dtype == np.int8) == (transformer and not text and name.endswith("kernel")), name
 
 
-def test_images_change_a_little(full, int8, tiny):
-    assert error(drawn(int8, tiny), full) == pytest.approx(0.025, rel=0.5)  # measured
-    float8 = InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, quantization="float8")
-    assert error(drawn(float8, tiny), full) == pytest.approx(0.082, rel=0.5)  # measured
+def test_images_change_a_little(full, int8, small):
+    assert error(drawn(int8, small), full) == pytest.approx(0.026, rel=0.5)  # measured
+    float8 = InfiniteIDPipeline.from_pretrained(small.model, small.adapter, quantization="float8")
+    assert error(drawn(float8, small), full) == pytest.approx(0.108, rel=0.5)  # measured
 
 
-def test_eight_devices_hold_the_same_numbers(full, int8, tiny):
+def test_eight_devices_hold_the_same_numbers(full, int8, small):
     """Sums in another order round a few rows' numbers to their neighbours, and these others in the layers behind."""
     divided = InfiniteIDPipeline.from_pretrained(
-        tiny.model, tiny.adapter, quantization="int8", mesh="data=2,fsdp=2,tensor=2"
+        small.model, small.adapter, quantization="int8", mesh="data=2,fsdp=2,tensor=2"
     )
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(pipe._unet[1]) for pipe in (int8, divided)))
-    assert error(drawn(divided, tiny), full) == pytest.approx(0.025, rel=0.5)  # measured
+    assert error(drawn(divided, small), full) == pytest.approx(0.026, rel=0.5)  # measured
 
 
-def test_loras_beside_the_base_stay_as_they_are(int8, tiny, tmp_path):
+def test_loras_beside_the_base_stay_as_they_are(int8, small, tmp_path):
     generator = torch.Generator().manual_seed(3)
     stem = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     factors = {
@@ -109,32 +114,32 @@ def test_loras_beside_the_base_stay_as_they_are(int8, tiny, tmp_path):
     }
     save_file(factors, tmp_path / "lora.safetensors")
     lora = {str(tmp_path / "lora.safetensors"): 0.7}
-    load = partial(InfiniteIDPipeline.from_pretrained, tiny.model, tiny.adapter, lora=lora, merge_lora=False)
+    load = partial(InfiniteIDPipeline.from_pretrained, small.model, small.adapter, lora=lora, merge_lora=False)
     full, quantized = load(), load(quantization="int8")
-    assert error(drawn(quantized, tiny), drawn(full, tiny)) < 0.06  # measured: 0.029
+    assert error(drawn(quantized, small), drawn(full, small)) < 0.06  # measured: 0.030
     quantized.set_lora_scale(tmp_path / "lora.safetensors", 0.0)
-    np.testing.assert_allclose(drawn(quantized, tiny), drawn(int8, tiny), atol=1e-3)
+    np.testing.assert_allclose(drawn(quantized, small), drawn(int8, small), atol=1e-3)
 
 
-def test_adapters_with_low_rank_maps_go_beside_it(tiny, tmp_path):
-    state = published.random_state("faceid", reference_torch.tiny_sdxl_unet())
+def test_adapters_with_low_rank_maps_go_beside_it(small, tmp_path):
+    state = published.random_state("faceid", reference_torch.tiny_sdxl_unet(levels=reference_torch.TWO_LEVELS))
     file = published.write("faceid", tmp_path, state)
-    load = partial(InfiniteIDPipeline.from_pretrained, tiny.model, file)
+    load = partial(InfiniteIDPipeline.from_pretrained, small.model, file)
     face = FaceFeatures(face_embedding=np.random.default_rng(2).normal(size=16).astype(np.float32))
 
     def out(pipe: InfiniteIDPipeline) -> np.ndarray:
         person = pipe.encode_identity(face)
         return np.asarray(pipe(PROMPTS, person, latents=NOISE, steps=2, streams="one", output="latent").latents)
 
-    assert 0 < error(out(load(quantization="int8")), out(load())) < 0.07  # measured: 0.034
+    assert 0 < error(out(load(quantization="int8")), out(load())) < 0.07  # measured: 0.035
 
 
-def test_an_unknown_kind_is_named_before_anything_is_read(tiny):
+def test_an_unknown_kind_is_named_before_anything_is_read(small):
     with pytest.raises(InputError, match="Unknown quantization 'int4': choose from none, int8, float8"):
-        InfiniteIDPipeline.from_pretrained(tiny.model / "nowhere", quantization="int4")
+        InfiniteIDPipeline.from_pretrained(small.model / "nowhere", quantization="int4")
 
 
-def test_the_extra_is_named_where_it_is_missing(tiny, monkeypatch):
+def test_the_extra_is_named_where_it_is_missing(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(MissingExtraError, match=r"\.\[quantization\]"):
-        InfiniteIDPipeline.from_pretrained(tiny.model, quantization="int8")
+        InfiniteIDPipeline.from_pretrained(small.model, quantization="int8")

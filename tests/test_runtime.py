@@ -30,7 +30,7 @@ PROMPTS = ["a photo of a man in the snow", "a drawing of a dog"]
 
 # Programs that tests/test_two_streams.py compiles too, but for the one stream.
 CASES = {
-    "paper": {"steps": 30},
+    "paper": {"steps": 10},
     "one": {"steps": 6, "streams": "one", "style_merge": "adain_mean", "id_scale": 0.6, "negative_prompt": "blurry"},
     "ranges": {"steps": 6, "step_range": (1, 4), "layer_range": (2, 7), "guidance_rescale": 0.7, "scheduler": "euler"},
 }

@@ -17,27 +17,32 @@ from infinite_id_jax.stable_diffusion.resnet import Upsample2D
 FAST = {"steps": 3, "height": 64, "width": 64, "output": "latent", "seed": 2}
 
 
-def run(pipe, tiny):
-    people = [pipe.encode_identity(FaceFeatures(**tiny.features(seed))) for seed in (10, 11)]
+def run(pipe, small):
+    people = [pipe.encode_identity(FaceFeatures(**small.features(seed))) for seed in (10, 11)]
     return pipe(["a man in the snow", "a drawing of a dog"], people, style_merge="adain_mean", **FAST)
 
 
 @pytest.fixture(scope="module")
-def one_device(pipe, tiny):
-    return run(pipe, tiny)
+def pipe(small_pipe):
+    return small_pipe
+
+
+@pytest.fixture(scope="module")
+def one_device(pipe, small):
+    return run(pipe, small)
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"])
-def test_a_mesh_gives_the_same_latents(one_device, tiny, mesh):
+def test_a_mesh_gives_the_same_latents(one_device, small, mesh):
     """Twelve rows, which eight devices divide unevenly; heads divide by 2 only."""
-    out = run(InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, mesh=mesh), tiny)
+    out = run(InfiniteIDPipeline.from_pretrained(small.model, small.adapter, mesh=mesh), small)
     # Measured: at most 3.2e-5, latents up to 21.
     np.testing.assert_allclose(out.latents, one_device.latents, atol=1e-4)
     np.testing.assert_allclose(out.text_stream_latents, one_device.text_stream_latents, atol=1e-4)
 
 
-def test_weights_are_divided(tiny):
-    pipe = InfiniteIDPipeline.from_pretrained(tiny.model, tiny.adapter, mesh="fsdp=4,tensor=2")
+def test_weights_are_divided(small):
+    pipe = InfiniteIDPipeline.from_pretrained(small.model, small.adapter, mesh="fsdp=4,tensor=2")
     state = dict(nnx.to_flat_state(pipe._unet[1]))
     attn1 = ("down_blocks", 1, "attentions", 0, "transformer_blocks", 0, "attn1")
     for leaf, part in ((("to_q", "kernel"), (16, 32)), (("to_out", "kernel"), (32, 16))):

@@ -15,7 +15,7 @@ from benchmarks import kill
 from infinite_id_jax.sharding import batch_sharding, make_mesh, rows_of_process, to_devices
 
 ROOT = Path(__file__).parent.parent
-STEPS = 20
+STEPS = 12
 TOLERANCE = 1e-5  # of losses about 1; measured over all layouts and both processes: 3.6e-7
 LAYOUTS = {
     "data": ["--set=run.mesh=data=8"],
@@ -35,7 +35,7 @@ def one_device(tmp_path_factory, inputs):
 
 
 def options(inputs, steps, layout):
-    rarely = ["--set=run.checkpoint_every=10", "--set=run.validate_every=0"]
+    rarely = ["--set=run.checkpoint_every=6", "--set=run.validate_every=0"]
     return [*inputs, "--max-steps", str(steps), *rarely, *layout]
 
 
@@ -76,14 +76,14 @@ def ends(processes):
     return [process.returncode for process in processes], "\n".join(said)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["data", "all"])
 def test_eight_devices_learn_as_one(one_device, inputs, tmp_path, layout):
     found = run(tmp_path, inputs, STEPS, LAYOUTS[layout])
     np.testing.assert_allclose(found, one_device, atol=TOLERANCE, rtol=0)
 
 
 def test_a_checkpoint_goes_on_in_another_layout(one_device, inputs, tmp_path):
-    run(tmp_path, inputs, 10, LAYOUTS["fsdp"])
+    run(tmp_path, inputs, STEPS // 2, LAYOUTS["fsdp"])
     np.testing.assert_allclose(run(tmp_path, inputs, STEPS), one_device, atol=TOLERANCE, rtol=0)
 
 

@@ -226,8 +226,8 @@ def reference_steps(tiny, batch, draws, method: MethodConfig, prediction_type: s
 @pytest.mark.parametrize(
     ("method", "prediction_type"),
     [
-        (MethodConfig(identity_drop=0.5), "epsilon"),
-        (MethodConfig(identity_drop=0.5, entangled=True, min_snr_gamma=GAMMA), "v_prediction"),
+        (MethodConfig(identity_drop=0.5, remat="none"), "epsilon"),
+        (MethodConfig(identity_drop=0.5, entangled=True, min_snr_gamma=GAMMA, remat="none"), "v_prediction"),
     ],
     ids=["identity-enhanced", "entangled, min-SNR, v"],
 )

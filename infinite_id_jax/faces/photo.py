@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from infinite_id_jax.errors import PhotoError
 from infinite_id_jax.faces.protocol import Photo
@@ -20,10 +20,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 
 
 def open_photo(source: str | os.PathLike | bytes | Image.Image | np.ndarray) -> Photo:
-    """Reads a photograph as uint8 RGB [H, W, 3], turned upright as its EXIF says and laid over white.
+    """Reads a photograph as uint8 sRGB [H, W, 3], turned upright as its EXIF says and laid over white.
 
     `source` is a path, a file's bytes, a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Gray,
-    palette, CMYK and 16-bit gray images are converted; of an animation the first frame is taken. Raises
+    palette, CMYK and 16-bit gray images are converted, and colours of another space (phones write Display P3) by the
+    profile in the file; of an animation the first frame is taken. Raises
     PhotoError, which names the file but not its folder, for whatever is no photograph of 32 px a side to
     100 megapixels; a larger one is refused before it is decoded.
     """
@@ -94,7 +95,7 @@ def _decode(image: Image.Image, name: str) -> Photo:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            return np.array(_to_rgb(_upright(image)))
+            return np.array(_to_rgb(_in_srgb(_upright(image))))
     except Exception as error:  # as above: a damaged stream can fail in any way
         raise PhotoError(
             f"{name} is damaged or cut short: copy or export the photo again as JPEG or PNG.", "damaged"
@@ -105,6 +106,21 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # unreadable EXIF says nothing about the rotation; the picture itself is fine
+        return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The same colours as sRGB's numbers, where the image holds a profile of its own that can be read."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(own):  # it would only be rounded once more
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError):  # as of EXIF: the picture itself is fine
         return image
 
 
