@@ -260,7 +260,7 @@ def load_model(config: "TrainConfig", mesh: "Mesh", on_device: bool) -> Model:
     text = None
     if config.method.entangled:
         text = base.text_encoders if base else files.load_text_encoders(folder, settings, **where)
-    vision = Path(config.model.image_encoder or folder / "image_encoder")
+    vision = Path(config.model.image_encoder or files.image_encoder_beside(folder))
     objective, frozen = make_objective(
         config.method,
         config.adapter,
@@ -282,8 +282,9 @@ def describe_run(config: "TrainConfig", model: Model, loader: "Loader", *, one_b
     more: dict[str, Any] = {"one_batch": True} if one_batch else {}
     more |= {"image_encoder": fingerprint(model.vision)} if model.vision else {}
     texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2") if config.method.entangled else ()
+    parts = ("unet", "scheduler", "vae/config.json", *texts) if model.folder.is_dir() else ("",)  # of one file, all
     return {
-        "model": {part: fingerprint(model.folder / part) for part in ("unet", "scheduler", "vae/config.json", *texts)},
+        "model": {part: fingerprint(model.folder / part) for part in parts},
         "dtype": config.model.dtype,
         "adapter": config.adapter.to_dict(),
         "method": method,
@@ -368,10 +369,11 @@ def dry_run(config: "TrainConfig") -> str:
     from infinite_id_jax.sharding import abstract_mesh
     from infinite_id_jax.training.budget import make_budget
     from infinite_id_jax.training.setup import abstract_inputs, check_rows
-    from infinite_id_jax.weights.folder import read_settings
+    from infinite_id_jax.weights.folder import read_settings, resolve
 
-    here = config.model.path and Path(config.model.path).is_dir()
-    architecture = read_settings(Path(config.model.path)).unet if here else config.model.architecture
+    path = config.model.path
+    here = path == "miniature" or (path and Path(path).expanduser().exists())  # the hub is not asked
+    architecture = read_settings(resolve(path)).unet if here else config.model.architecture
     mesh = abstract_mesh(config.run.mesh)
     check_rows(config.data.batch_size, config.optimizer.accumulate, mesh)
     inputs = abstract_inputs(
@@ -386,7 +388,7 @@ def dry_run(config: "TrainConfig") -> str:
         sharded=config.model.sharded,
     )
     budget = make_budget(*inputs, mesh, config.optimizer.accumulate)
-    source = config.model.path if here else f"the configuration's shapes ({config.model.path or 'no path'} is not here)"
+    source = path if here else f"the configuration's shapes ({path or 'no path'} is not here)"
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = f"{config.data.batch_size} rows of {config.data.resolution} px"
     note = "\n-1 is counted as one device: give the sizes in run.mesh." if "-1" in config.run.mesh else ""

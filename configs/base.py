@@ -26,7 +26,7 @@ SDXL = UNetConfig(
 class ModelConfig:
     """The frozen base."""
 
-    path: str  # SDXL folder in diffusers' layout, or hub id owner/name[@revision]
+    path: str  # SDXL folder in diffusers' layout, single file, hub id owner/name[@revision], or "miniature"
     dtype: str = "bfloat16"
     sharded: bool = False  # divide the base over fsdp and tensor too; else each device holds all of it
     image_encoder: str | None = None  # folder, if not image_encoder/ of the model; for id_features="on_device"

@@ -134,17 +134,17 @@ def make_job(args: argparse.Namespace, sources: Sequence["Source"]) -> "Job":
     """Configuration and paths, checked without weights. Raises InputError for what does not fit."""
     from data_pipeline.config import model_fingerprint, read_configs, read_spec
     from data_pipeline.faces import recogniser_size
-    from data_pipeline.features import check_weights
     from data_pipeline.sources import digest
     from infinite_id_jax.faces.backends import get_backend
     from infinite_id_jax.weights.folder import resolve
+    from infinite_id_jax.weights.load import check_headers
 
     model = resolve(args.model)
     read_configs(model)
     backend = get_backend(args.face_backend, download=args.download_faces)
     config = _configuration(args, digest(sources), model_fingerprint(model), backend.name)
     spec = read_spec(model, config, backend.embedding_dim, recogniser_size(backend))
-    check_weights(model)
+    check_headers(model / part for part in ("vae", "image_encoder"))
     # Workers may have another working directory.
     return _import_pipeline().Job(Path(args.output).absolute(), model.absolute(), config, spec)
 
@@ -154,7 +154,12 @@ def _configuration(args: argparse.Namespace, sources: str, model: str, backend: 
 
     names = {field.name for field in dataclasses.fields(PipelineConfig)} - {"input", "model", "face_backend"}
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given.setdefault("similarity", SIMILARITY[backend.partition("/")[0]])
+    if "similarity" not in given:
+        if (family := backend.partition("/")[0]) not in SIMILARITY:
+            raise InputError(
+                f"How alike two photos of one person are to {backend} is not known: give --similarity, a cosine."
+            )
+        given["similarity"] = SIMILARITY[family]
     return PipelineConfig(input=sources, model=model, face_backend=backend, **given)
 
 

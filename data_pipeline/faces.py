@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.ingest import reopen
@@ -13,6 +14,7 @@ from infinite_id_jax.errors import InputError
 from infinite_id_jax.faces.align import ARCFACE_TEMPLATE, clip_crop
 from infinite_id_jax.faces.extract import detect_faces
 from infinite_id_jax.faces.protocol import Face, FaceBackend
+from infinite_id_jax.stable_diffusion.clip_vision import resize_and_crop
 
 # By area: of two people side by side neither is the photo's subject, while passers-by are much smaller.
 DOMINANCE = 2.0
@@ -52,7 +54,9 @@ def find_face(source: Source, backend: FaceBackend, config: PipelineConfig, clip
     if face_size(face) < config.min_face:
         return row.rejected("small_face", f"{face_size(face)} px, {config.min_face} are asked for")
     try:
-        crop, recogniser_crop = clip_crop(photo, face, clip_size), backend.align(photo, face)
+        # As the pipeline shows it to CLIP.
+        crop = resize_and_crop(Image.fromarray(clip_crop(photo, face)), clip_size)
+        recogniser_crop = backend.align(photo, face)
     except InputError as error:  # the points coincide
         return row.rejected("no_face", str(error))
     height, width = photo.shape[:2]

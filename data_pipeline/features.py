@@ -1,6 +1,5 @@
 """The fourth stage: what the frozen encoders make of a photo, in batches that depend on the shard alone."""
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,16 +22,7 @@ from infinite_id_jax.stable_diffusion.clip_vision import preprocess
 from infinite_id_jax.stable_diffusion.vae import AutoencoderKL, Posterior
 from infinite_id_jax.typing import Array
 from infinite_id_jax.weights.folder import load_image_encoder
-from infinite_id_jax.weights.load import find_weights, load_module, open_tensors
-
-
-def check_weights(model: Path) -> None:
-    """Read the headers of both encoders' weights. Raises InputError if a file is missing or cut short."""
-    for part in ("vae", "image_encoder"):
-        source = find_weights(model / part)
-        if source.suffix != ".msgpack":  # of which nothing can be read without reading all
-            with contextlib.ExitStack() as stack:
-                open_tensors(source, stack)
+from infinite_id_jax.weights.load import load_module
 
 
 class Encoders:

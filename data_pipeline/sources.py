@@ -63,7 +63,10 @@ def _list_one(source: str) -> Iterator[Source]:
         return
     path = Path(source).expanduser()
     if path.is_dir():
-        yield from _list_folder(path)
+        try:
+            yield from _list_folder(path)
+        except PermissionError:  # of the folder itself; one within it is a row of its own
+            raise InputError(f"--input {shown(source)} may not be read: allow it with chmod u+rx.") from None
     elif source.endswith(".tar"):
         for archive in _expand(str(path)):
             yield from _list_archive(Path(archive))

@@ -5,7 +5,7 @@
 A small base is trained on drawn people and frozen. Then train.py (configs/learning_check.py) must, with one batch,
 overfit it, and with all of the data, predict photos of people it has never seen better from another photo of them
 than from somebody else's, or from none. Prints the figures, draws FOLDER/learning_check.svg (matplotlib is in the
-extra `test`), and exits with 1 if one of them fails. A second call goes on where the first was stopped.
+extra `evaluate`), and exits with 1 if one of them fails. A second call goes on where the first was stopped.
 
 Ten minutes on two CPU cores: five for the base, one for the one batch, three to four for the people and the verdict.
 """
@@ -25,6 +25,7 @@ import train
 from configs.base import load_config
 from examples.drawn_world import BaseTraining, write_world
 from infinite_id_jax.command_line import exit_code, keep_compiled
+from infinite_id_jax.evaluation import figures
 from infinite_id_jax.files import replacing
 from infinite_id_jax.sharding import make_mesh
 from infinite_id_jax.training.state import adapter_arrays
@@ -90,6 +91,7 @@ class Verdict(NamedTuple):
 
 def check(folder: Path, sizes: Sizes) -> Verdict:
     """Make what is missing in `folder`, run train.py twice, judge and draw."""
+    figures.check()
     keep_compiled(folder / "compiled")
     write_world(folder, people=sizes.people, photos=sizes.photos, training=sizes.base)
     settings = [f"model.path={folder / 'model'}", f"data.path={folder / 'data'}"]

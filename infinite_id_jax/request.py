@@ -1,9 +1,9 @@
 """What was asked on the command line, checked in seconds, before anything slow is started."""
 
 import argparse
-import contextlib
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,6 +116,7 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
     from infinite_id_jax.stable_diffusion.quantized import checked_kind
     from infinite_id_jax.weights.adapter import check_adapter
     from infinite_id_jax.weights.folder import describe_base, resolve
+    from infinite_id_jax.weights.load import check_headers
     from infinite_id_jax.weights.lora import checked_loras, read_lora
 
     checked_kind(args.quantization)
@@ -127,8 +128,10 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
     model, adapter_path = resolve(args.model), Path(args.adapter)
     described = describe_base(model, _model_config(args))
     base, adapter = described.settings, check_adapter(adapter_path, described.unet)
-    for file in checked_loras([file for file, _ in args.lora]):
-        read_lora(Path(file), described)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say of a file is said when it is loaded
+        for file in checked_loras([file for file, _ in args.lora]):
+            read_lora(Path(file), described)
     layers = block_names(described.unet)
     layer_scales(layers, args.id_scale)
     ranges = {name: getattr(args, name) for name in ("guidance_range", "step_range", "layer_range")}
@@ -140,7 +143,9 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
         image_encoder = image_encoder_folder(args, model)
         _check_image_encoder(image_encoder, adapter.needs)
     print(f"{adapter_path.name}: {adapter.describe()}.")
-    _check_weights(args, model, image_encoder)
+    # The header of a single file has been read with its settings.
+    parts = [model / part for part in ("unet", "vae", "text_encoder", "text_encoder_2")] if model.is_dir() else []
+    check_headers(parts if image_encoder is None else [*parts, image_encoder])
     # A folder's own size stands for none, so that both say the same of an image.
     args.height, args.width = (size or base.unet.sample_size * base.vae.downscale for size in (args.height, args.width))
     return model
@@ -173,19 +178,6 @@ def _check_image_encoder(folder: Path, needs: "Needs") -> None:
             "name the right one with --image-encoder (ViT-bigG/14 has hidden states of 1664 and pooled embeddings of "
             "1280, ViT-H/14 1280 and 1024)."
         )
-
-
-def _check_weights(args: argparse.Namespace, model: Path, image_encoder: Path | None) -> None:
-    """Open each file, which reads its header alone: a missing or cut shard is known before the first is loaded."""
-    from infinite_id_jax.weights.load import find_weights, open_tensors
-
-    # The header of a single file has been read with its settings.
-    parts = [model / part for part in ("unet", "vae", "text_encoder", "text_encoder_2")] if model.is_dir() else []
-    parts += [] if image_encoder is None else [image_encoder]
-    for source in map(find_weights, parts):
-        if source.suffix != ".msgpack":  # of which nothing can be read without reading all
-            with contextlib.ExitStack() as stack:
-                open_tensors(source, stack)
 
 
 def report_cut_words(args: argparse.Namespace, model: Path, texts: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ Axes: `data` replicates the weights and divides the batch; `fsdp` divides both; 
 feed-forward widths within a layer.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -45,15 +46,8 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh | None) -> Mesh | None:
     """
     if spec is None or isinstance(spec, Mesh):
         return spec
-    sizes = _parse(spec) if isinstance(spec, str) else dict(spec)
-    unknown = sorted(sizes.keys() - set(AXES))
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    if unknown or len(rest) > 1 or any(size < 1 for axis, size in sizes.items() if axis not in rest):
-        raise InputError(
-            f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1 with sizes of 1 or more (one may be -1)."
-        )
-    present = jax.device_count()
-    for axis in rest:
+    present, sizes = jax.device_count(), _sizes(spec)
+    for axis in [axis for axis, size in sizes.items() if size == -1]:
         sizes[axis] = max(1, present // math.prod(size for size in sizes.values() if size > 0))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     needed = math.prod(shape)
@@ -70,18 +64,23 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh | None) -> Mesh | None:
 
 def abstract_mesh(spec: str) -> AbstractMesh:
     """The mesh of machines that are not here, to count with; an axis of -1 counts as 1."""
-    sizes = {axis: max(1, size) for axis, size in _parse(spec).items()}
-    shape = tuple(sizes.pop(axis, 1) for axis in AXES)
-    if sizes:
-        raise InputError(f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1.")
+    sizes = _sizes(spec)
+    shape = tuple(max(1, sizes.get(axis, 1)) for axis in AXES)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _parse(spec: str) -> dict[str, int]:
-    try:
-        return {name.strip(): int(size) for name, size in (part.split("=") for part in spec.split(","))}
-    except ValueError:
-        raise InputError(f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1.") from None
+def _sizes(spec: str | Mapping[str, int]) -> dict[str, int]:
+    """The size of each axis that is named, at most one of them -1."""
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(ValueError):
+        pairs = [part.split("=") for part in spec.split(",")] if isinstance(spec, str) else spec.items()
+        sizes = {name.strip(): int(size) for name, size in pairs}
+    given = list(sizes.values())
+    if not given or sizes.keys() - set(AXES) or given.count(-1) > 1 or any(size < 1 and size != -1 for size in given):
+        raise InputError(
+            f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1 with sizes of 1 or more (one may be -1)."
+        )
+    return sizes
 
 
 def parameter_sharding(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

@@ -89,10 +89,10 @@ def train(folder: Path, drawn: pictures.Pictures, tokenize: CLIPTokenizer, budge
     return _train(model, folder, drawn, tokenize, budget, head_crop, softest=8.0, seed=2)
 
 
-def train_judge(folder: Path, drawn: pictures.Pictures, tokenize: CLIPTokenizer, budget: Budget = BUDGET) -> Contrast:
+def train_judge(folder: Path, drawn: pictures.Pictures, tokenize: CLIPTokenizer) -> Contrast:
     """One that is shown no photograph of an eighth of the size: what it judges is drawn whole."""
     model = Contrast(JUDGE_VISION, (SECOND,), rngs=nnx.Rngs(11))
-    return _train(model, folder, drawn, tokenize, budget, face_crop, softest=1.6, seed=12)
+    return _train(model, folder, drawn, tokenize, BUDGET, face_crop, softest=1.6, seed=12)
 
 
 def head_crop(image: UInt8[np.ndarray, "s s 3"], keypoints: np.ndarray, size: int) -> Crop:

@@ -115,13 +115,13 @@ def arcface_loss(
 # The detector.
 
 
-def train_detector(folder: Path, drawn: pictures.Pictures, budget: Budget = DETECTOR_BUDGET) -> dict[str, Array]:
+def train_detector(folder: Path, drawn: pictures.Pictures) -> dict[str, Array]:
     """Arrays of `small_resnet` that give five points and whether there is a face."""
     empty = [rasterise(backdrop(name, generator("empty", name)), pictures.SIZE)[..., :3] for name in BACKDROPS]
 
     def batch_at(step: int) -> Batch:
         rng = np.random.default_rng((4, step))
-        chosen = rows(4, step, budget.batch_size, len(drawn.images))
+        chosen = rows(4, step, DETECTOR_BUDGET.batch_size, len(drawn.images))
         shown = [
             _without(drawn.images[i], empty, rng)
             if rng.random() < _WITHOUT
@@ -134,7 +134,7 @@ def train_detector(folder: Path, drawn: pictures.Pictures, budget: Budget = DETE
         }
 
     arrays = small_resnet.initial(DETECTOR, jax.random.key(4))
-    return fit(arrays, detector_loss, batch_at, budget, folder, over=drawn.fingerprint)
+    return fit(arrays, detector_loss, batch_at, DETECTOR_BUDGET, folder, over=drawn.fingerprint)
 
 
 def _placed(image: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -28,17 +28,17 @@ _EXPRESSION = 3.0
 RECOGNISER_BUDGET = Budget(steps=1600, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
 
 
-def train_attributes(folder: Path, drawn: pictures.Pictures, budget: Budget = BUDGET) -> dict[str, Array]:
+def train_attributes(folder: Path, drawn: pictures.Pictures) -> dict[str, Array]:
     """Arrays of `small_resnet` whose outputs are the logits of every class of every attribute, one after the other."""
 
     def batch_at(step: int) -> Batch:
         rng = np.random.default_rng((5, step))
-        chosen = rows(5, step, budget.batch_size, len(drawn.images))
+        chosen = rows(5, step, BUDGET.batch_size, len(drawn.images))
         images = [_disturbed(drawn.images[i], rng) for i in chosen]
         return {"images": np.stack(images), "labels": drawn.labels[chosen].astype(np.int32)}
 
     arrays = small_resnet.initial(ATTRIBUTES, jax.random.key(5))
-    return fit(arrays, attribute_loss, batch_at, budget, folder, over=drawn.fingerprint)
+    return fit(arrays, attribute_loss, batch_at, BUDGET, folder, over=drawn.fingerprint)
 
 
 def _disturbed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -25,7 +25,7 @@ _WEIGHT = 0.1  # of the critic's opinion beside the difference of pixels
 _WIDTHS = (32, 64, 96)
 
 
-def polish(folder: Path, model: AutoencoderKL, drawn: pictures.Pictures, budget: Budget = BUDGET) -> AutoencoderKL:
+def polish(folder: Path, model: AutoencoderKL, drawn: pictures.Pictures) -> AutoencoderKL:
     """The autoencoder with a decoder trained on."""
     graph, decoder, rest = nnx.split(model, _is_decoder, ...)
 
@@ -44,8 +44,8 @@ def polish(folder: Path, model: AutoencoderKL, drawn: pictures.Pictures, budget:
 
     arrays = {"decoder": decoder, "critic": initial_critic(jax.random.key(20))}
     over = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(rest))).hexdigest()[:16]
-    batch_at = partial(vae.pieces, drawn, budget.batch_size, 21)
-    return nnx.merge(graph, fit(arrays, loss, batch_at, budget, folder, over=over)["decoder"], rest)
+    batch_at = partial(vae.pieces, drawn, BUDGET.batch_size, 21)
+    return nnx.merge(graph, fit(arrays, loss, batch_at, BUDGET, folder, over=over)["decoder"], rest)
 
 
 def _is_decoder(path: tuple[Any, ...], _: Any) -> bool:

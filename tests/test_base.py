@@ -294,6 +294,8 @@ def test_full_size_keys_and_shapes_are_pytorchs(name):
         ("down_block_types", ["DownBlock2D", "CrossAttnDownBlock2D", "KDownBlock2D"]),
         ("up_block_types", ["CrossAttnUpBlock2D", "CrossAttnDownBlock2D", "UpBlock2D"]),
         ("block_out_channels", [320, 640]),
+        ("norm_num_groups", 48),
+        ("norm_num_groups", 0),
         ("attention_head_dim", [5, 10]),
         ("transformer_layers_per_block", [1, 2, 10, 10]),
         ("layers_per_block", [2, 2, 2]),

@@ -332,6 +332,21 @@ def test_a_dry_run_says_how_it_counts_devices_that_are_not_named(capsys):
     assert "tensor 1\n-1 is counted as one device" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", ["miniature", "~/one.safetensors"])
+def test_a_dry_run_takes_the_paths_that_a_run_takes(path, tmp_path, monkeypatch, capsys):
+    """The package's own model, and a single file in somebody's home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "one.safetensors").write_bytes(b"cut short")
+    code = train.main(["--config", "configs/miniature.py", "--dry-run", "--set", f"model.path={path}"])
+    said = capsys.readouterr()
+    if path == "miniature":
+        assert code == 0
+        assert said.out.startswith("U-Net of miniature; ")
+    else:
+        assert code == 2
+        assert "one.safetensors" in said.err
+
+
 @pytest.mark.parametrize(
     ("mesh", "accumulate", "says"),
     [

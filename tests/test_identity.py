@@ -296,10 +296,10 @@ def test_stacking_unequal_identities_is_invisible_to_attention():
         ({"format": "ip_adapter"}, "not 'infinite_id'"),
         ({"clip_mapper": "conv"}, "'conv' is not of mlp, resampler, none"),
         ({"clip_mapper": "none", "face_tokens": 0}, "neither a clip_mapper nor face_tokens"),
-        ({"face_dim": 0}, "positive integer"),
-        ({"clip_dim": "1664"}, "positive integer"),
-        ({"resampler_depth": 10**9}, "resampler_depth must be a positive integer"),  # which would be built
-        ({"face_hidden": "32"}, "face_hidden must be a positive integer"),
+        ({"face_dim": 0}, "whole number from 1"),
+        ({"clip_dim": "1664"}, "whole number from 1"),
+        ({"resampler_depth": 10**9}, "resampler_depth must be a whole number from 1"),  # which would be built
+        ({"face_hidden": "32"}, "face_hidden must be a whole number from 1"),
         ({"clip_layer": "first"}, "is not of"),
         ({"lora_rank": 4}, "unknown keys lora_rank"),
     ],

@@ -299,6 +299,13 @@ def test_what_may_not_be_read_is_said_to_be_so(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[('anna/1.png', 'unreadable'), ('bob', 'unreadable')]", done.stderr
+    itself = subprocess.run(
+        [sys.executable, "-c", code.replace(repr(str(tmp_path)), repr(str(tmp_path / "bob")))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert f"--input {tmp_path / 'bob'} may not be read: allow it" in itself.stderr
 
 
 def test_the_first_of_equal_files_is_kept_across_blocks(tmp_path, monkeypatch):

@@ -323,6 +323,7 @@ def test_another_configuration_is_refused_and_the_difference_shown(capsys, finis
     ("options", "says"),
     [
         (["--face-backend", "eigenfaces"], "There is no face backend `eigenfaces`"),
+        (["--face-backend", "miniature"], "to miniature is not known: give --similarity, a cosine."),
         (["--id-features", "some"], "--id-features some is unknown: choose cached or on_device."),
         (["--validation-share", "1.5"], "--validation-share 1.5 is out of range: give 0 to 1."),
         (["--min-score", "nan"], "--min-score nan is out of range"),

@@ -10,7 +10,7 @@ from flax import nnx
 
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.sharding import batch_sharding, make_mesh, parameter_sharding
+from infinite_id_jax.sharding import abstract_mesh, batch_sharding, make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.kernels import PLAIN, compiling_for
 from infinite_id_jax.stable_diffusion.resnet import Upsample2D
 
@@ -96,3 +96,6 @@ def test_vectors_are_divided_by_no_fsdp():
 def test_meshes_that_cannot_be_made(spec, says):
     with pytest.raises(InputError, match=says):
         make_mesh(spec)
+    if "present" not in says:  # or a dry run would count with what a run refuses
+        with pytest.raises(InputError, match=says):
+            abstract_mesh(spec)

@@ -19,8 +19,10 @@ from PIL import Image
 
 import train
 from benchmarks import kill
+from configs.base import load_config
 from data_pipeline.records import PhotoDataset
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
+from infinite_id_jax.sharding import make_mesh
 from infinite_id_jax.training import processes
 from infinite_id_jax.training.state import TrainState
 
@@ -213,6 +215,16 @@ def test_resume_none_starts_anew_and_loses_nothing(inputs, going_on):
     assert (going_on / "metrics.csv.1").is_file()
 
 
+def test_a_run_over_a_single_file_base_knows_which(inputs, tmp_path):
+    config = load_config(ROOT / "configs" / "debug.py", [each.removeprefix("--set=") for each in inputs])
+    loader = train.open_data(config, make_mesh("data=1")).train.loader
+    said, file = [], tmp_path / "base.safetensors"
+    for content in (b"one", b"one", b"another"):
+        file.write_bytes(content)
+        said.append(train.describe_run(config, train.Model(file, None, None, None, None, None), loader)["model"])
+    assert said[0] == said[1] != said[2]
+
+
 def test_a_damaged_checkpoint_is_named(inputs, going_on, capsys):
     for path in (going_on / "checkpoints" / "4" / "state").rglob("*"):
         if path.is_file():
@@ -339,6 +351,23 @@ def test_copies_of_the_program_do_not_each_train_for_themselves(
     assert run(tmp_path, inputs, *options) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_meeting_that_cannot_be_is_one_sentence():
+    """In a process of its own: where JAX has been used, nothing can be joined."""
+    program = """
+from infinite_id_jax.errors import InputError
+from infinite_id_jax.training.processes import join
+for coordinator, count, number in (("here:1", None, None), ("here:1", 2, 2), ("here", 2, 1)):
+    try:
+        join(automatic=False, coordinator=coordinator, count=count, number=number)
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    says = "is to be HOST:PORT, with --num-processes N and, in each process another, --process-id from 0 to N - 1."
+    expected = [f"--coordinator {place} {says}" for place in ("here:1", "here:1", "here")]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def test_slurm_does_not_restrict_jax_to_one_gpu(tmp_path):

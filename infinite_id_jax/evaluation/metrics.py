@@ -157,9 +157,9 @@ def verdict(estimate: Estimate, bound: float = 0.0) -> Verdict:
 # Faces.
 
 
-def impostor_bar(impostors: Float[np.ndarray, "p"], percent: float = 95.0) -> float:
-    """The similarity that `percent` of the pairs of two different people stay below."""
-    return float(np.nanpercentile(impostors, percent))
+def impostor_bar(impostors: Float[np.ndarray, "p"]) -> float:
+    """The similarity that 95 % of the pairs of two different people stay below."""
+    return float(np.nanpercentile(impostors, 95))
 
 
 def half_way(chance: float, judge: float) -> float:

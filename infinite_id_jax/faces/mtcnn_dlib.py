@@ -50,7 +50,7 @@ class MTCNNDlib:
         )
 
     def detect(self, photo: Photo) -> list[Face]:
-        """Finds all faces of an RGB photo; one of more than 1280 px a side is searched at that size."""
+        """Finds all faces of an RGB photo; one of more than 1280 px a side is searched shrunk to that."""
         image = Image.fromarray(photo)
         scale = min(1.0, DETECTION_SIDE / max(image.size))
         if scale < 1:

@@ -88,7 +88,7 @@ def _decode(image: Image.Image, name: str) -> Photo:
     if min(width, height) < MIN_SIDE:
         raise PhotoError(_too_small(name, width, height), "too_small")
     if width * height > MAX_PIXELS:
-        raise PhotoError(_too_large(name, f" of {width} x {height}"), "too_large")
+        raise PhotoError(_too_large(name, f" ({width} x {height})"), "too_large")
     if image.mode == "F":
         raise PhotoError(f"{name} holds floating-point pixels: export the photo as 8-bit JPEG or PNG.", "unsupported")
     try:
@@ -135,7 +135,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _too_large(name: str, size: str = "") -> str:
-    return f"{name} is an image{size} pixels, more than {MAX_PIXELS // 10**6} megapixels: make it smaller."
+    return f"{name} is an image{size} of more than {MAX_PIXELS // 10**6} megapixels: make it smaller."
 
 
 def _too_small(name: str, width: int, height: int) -> str:

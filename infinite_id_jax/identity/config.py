@@ -226,7 +226,9 @@ class AdapterConfig(EncoderConfig):
                 continue
             least, most = 0 if name == "face_tokens" else 1, 100 if name == "resampler_depth" else 2**20
             if type(values[name]) is not int or not least <= values[name] <= most:
-                raise InputError(f"adapter_config.json: {name} must be a positive integer, not {values[name]!r}.")
+                raise InputError(
+                    f"adapter_config.json: {name} must be a whole number from {least}, not {values[name]!r}."
+                )
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class FaceIDPlusConfig(PublishedConfig):
 
 
 class FaceIDPlusEncoder(nnx.Module):
-    """Row 4's mapper gives the latents of a perceiver over CLIP's tokens."""
+    """Decision 4's mapper gives the latents of a perceiver over CLIP's tokens."""
 
     def __init__(self, config: FaceIDPlusConfig, *, rngs: nnx.Rngs):
         width = config.cross_attention_dim

@@ -74,6 +74,15 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
+def _check_groups(config: "UNetConfig | VAEConfig") -> None:
+    name, groups = type(config).__name__, config.norm_num_groups
+    if not isinstance(groups, int) or groups < 1 or any(width % groups for width in config.block_out_channels):
+        raise InputError(
+            f"{name}: norm_num_groups={groups!r} does not divide block_out_channels "
+            f"{list(config.block_out_channels)}: fetch its config.json again."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(_Config):
     """UNet2DConditionModel; the defaults are SDXL's."""
@@ -153,6 +162,7 @@ class UNetConfig(_Config):
                     f"UNetConfig: {key} names {len(values)} levels and block_out_channels "
                     f"{len(self.block_out_channels)}: fetch unet/config.json again."
                 )
+        _check_groups(self)
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -201,6 +211,9 @@ class VAEConfig(_Config):
     @classmethod
     def _absent(cls) -> dict[str, Any]:
         return {"scaling_factor": 0.18215}
+
+    def __post_init__(self):
+        _check_groups(self)
 
     @property
     def downscale(self) -> int:

@@ -25,7 +25,13 @@ def join(*, automatic: bool, coordinator: str | None, count: int | None, number:
     Raises InputError where copies of a program would each train for itself in one folder.
     """
     if coordinator is not None:
-        jax.distributed.initialize(coordinator, count, number, local_devices())
+        try:
+            jax.distributed.initialize(coordinator, count, number, local_devices())
+        except (ValueError, IndexError):
+            raise InputError(
+                f"--coordinator {coordinator} is to be HOST:PORT, with --num-processes N and, in each process another, "
+                "--process-id from 0 to N - 1."
+            ) from None
     elif automatic:
         jax.distributed.initialize(local_device_ids=local_devices())
     elif count is not None or number is not None:

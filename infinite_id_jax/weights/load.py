@@ -6,7 +6,7 @@ missing, surplus or mis-shaped key is named in one error.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -173,6 +173,16 @@ def _to_device(tensor: Tensor, entry: Entry, shape: tuple[int, ...], where: Shar
         return parts[seen]
 
     return jax.make_array_from_callback(shape, where, part)
+
+
+def check_headers(folders: Iterable[Path]) -> None:
+    """Open each folder's weights, which reads their headers alone: a missing or cut shard is known before the first is
+    loaded. Raises InputError.
+    """
+    for source in map(find_weights, folders):
+        if source.suffix != ".msgpack":  # of which nothing can be read without reading all
+            with ExitStack() as stack:
+                open_tensors(source, stack)
 
 
 def open_tensors(source: Path, stack: ExitStack) -> Tensors:
