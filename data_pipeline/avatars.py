@@ -109,6 +109,7 @@ HAT = {
     "earflap hat": ("winter_hat_2", "#2C7A4B"),
     "helmet": ("gladiator_helmet", "#B8862E"),
 }
+BACKGROUND = avatar_svg.BACKDROPS
 VIEW = {"close-up": (1.14, 13.0), "portrait": (0.97, 2.0), "wide shot": (0.82, 0.0)}  # scale; down, in hundredths
 
 
