@@ -176,7 +176,7 @@ def test_loras_merged_or_beside_the_weights(small, tmp_path):
     beside = InfiniteIDPipeline.from_pretrained(small.model, lora=files, merge_lora=False)
     full, before = draw(beside), compilations(beside)
     beside.set_lora_scale(files[0], 0.5)
-    np.testing.assert_allclose(draw(beside), merged, atol=1e-4)  # measured: 1.4e-5, latents up to 10
+    np.testing.assert_allclose(draw(beside), merged, atol=1e-4)  # measured: 1.3e-5, latents up to 12
     assert np.abs(full - merged).max() > 1e-2
     assert compilations(beside) == before
     with pytest.raises(InputError, match="The LoRA's scale is nan"):
