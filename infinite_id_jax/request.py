@@ -129,7 +129,8 @@ def find_model(args: argparse.Namespace, faces: list["ExtractedFace"]) -> Path:
     described = describe_base(model, _model_config(args))
     base, adapter = described.settings, check_adapter(adapter_path, described.unet)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say of a file is said when it is loaded
+        if not args.dry_run:
+            warnings.simplefilter("ignore")  # what there is to say of a file is said when it is loaded
         for file in checked_loras([file for file, _ in args.lora]):
             read_lora(Path(file), described)
     layers = block_names(described.unet)

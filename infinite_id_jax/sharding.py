@@ -4,7 +4,6 @@ Axes: `data` replicates the weights and divides the batch; `fsdp` divides both; 
 feed-forward widths within a layer.
 """
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,8 @@ def make_mesh(spec: str | Mapping[str, int] | Mesh | None) -> Mesh | None:
     """
     if spec is None or isinstance(spec, Mesh):
         return spec
-    present, sizes = jax.device_count(), _sizes(spec)
+    sizes = _sizes(spec)
+    present = jax.device_count()
     for axis in [axis for axis, size in sizes.items() if size == -1]:
         sizes[axis] = max(1, present // math.prod(size for size in sizes.values() if size > 0))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
@@ -71,12 +71,15 @@ def abstract_mesh(spec: str) -> AbstractMesh:
 
 def _sizes(spec: str | Mapping[str, int]) -> dict[str, int]:
     """The size of each axis that is named, at most one of them -1."""
-    sizes: dict[str, int] = {}
-    with contextlib.suppress(ValueError):
-        pairs = [part.split("=") for part in spec.split(",")] if isinstance(spec, str) else spec.items()
-        sizes = {name.strip(): int(size) for name, size in pairs}
+    if isinstance(spec, str):
+        try:
+            sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in spec.split(","))}
+        except ValueError:
+            sizes = {spec: 0}  # no axis, and so refused
+    else:
+        sizes = dict(spec)
     given = list(sizes.values())
-    if not given or sizes.keys() - set(AXES) or given.count(-1) > 1 or any(size < 1 and size != -1 for size in given):
+    if sizes.keys() - set(AXES) or given.count(-1) > 1 or any(size < 1 and size != -1 for size in given):
         raise InputError(
             f"The mesh {spec!r} is not of the form data=1,fsdp=1,tensor=1 with sizes of 1 or more (one may be -1)."
         )

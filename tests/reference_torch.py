@@ -80,7 +80,7 @@ TWO_LEVELS: dict[str, Any] = {
 def tiny_sdxl_unet(seed: int = 0, levels: dict[str, Any] = THREE_LEVELS) -> UNet2DConditionModel:
     """SDXL's U-Net in small: the same three levels, 17 transformer blocks of depths 1 and 2 instead of 70.
 
-    TWO_LEVELS has 4 blocks, which compile in a third of the time, for what does not depend on the levels.
+    TWO_LEVELS has 4 blocks, which compile sooner, for what does not depend on the levels.
     """
     unet = UNet2DConditionModel(
         **levels,

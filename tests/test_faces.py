@@ -106,8 +106,8 @@ def test_colours_of_another_space_become_srgb(tmp_path, mode):
     stored = Image.fromarray(photos.astronaut()).convert(mode)
     stored.save(tmp_path / "swapped.png", icc_profile=swapped)
     opened = open_photo(tmp_path / "swapped.png").astype(int)
-    # The photo as it stands in the file is 37 levels away on average; measured 0.1, and 1 at most.
-    assert np.abs(opened - photos.astronaut()[..., ::-1]).max() <= 2
+    # The photo as it stands in the file is 32 levels away on average; measured 0.
+    assert np.abs(opened - photos.astronaut()[..., ::-1]).max() <= 1
     for kind, bytes_of_it in (("its own", profile), ("broken", swapped[:200])):
         stored.save(tmp_path / "same.png", icc_profile=bytes_of_it)
         np.testing.assert_array_equal(open_photo(tmp_path / "same.png"), photos.astronaut(), kind)

@@ -38,7 +38,7 @@ def largest_error(ours, reference):
 
 
 def value_and_gradients(function, *arguments):
-    """As one program: one by one, its operations took a second each time."""
+    """As one program: one by one, each operation would be compiled by itself."""
 
     @jax.jit  # a new one for each call: what a function reads may have been patched meanwhile
     def both(*arguments):

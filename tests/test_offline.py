@@ -33,6 +33,7 @@ from data_pipeline.targets import cut_target
 from infinite_id_jax.faces.backends import get_backend
 from infinite_id_jax.faces.extract import extract_face
 from infinite_id_jax.faces.photo import open_photo
+from infinite_id_jax.stable_diffusion.clip_vision import resize_and_crop
 from tests import hostile, photos
 
 ROOT = Path(__file__).parent.parent
@@ -317,6 +318,14 @@ def test_another_configuration_is_refused_and_the_difference_shown(capsys, finis
     assert "(clip_layer: last -> penultimate; min_face: 48 -> 50): choose another --output" in error
     shutil.copytree(album / "anna", tmp_path / "photos" / "anna")
     assert "(input: " in refused(capsys, arguments(tmp_path / "photos", finished, tiny.model))
+
+
+def test_a_smaller_encoder_is_shown_the_head_as_sampling_shows_it(album):
+    photo, backend = album / "anna" / "0.png", get_backend("offline")
+    source = Source(Row(0, "anna/0.png", "anna"), str(photo))
+    found = find_face(dataclasses.replace(source, row=examine(source)), backend, CONFIG, 112)
+    seen = extract_face(open_photo(photo), backend).clip_crop
+    np.testing.assert_array_equal(found.clip_crop, resize_and_crop(Image.fromarray(seen), 112))
 
 
 @pytest.mark.parametrize(

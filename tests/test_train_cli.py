@@ -285,7 +285,7 @@ def test_the_ablation_in_half_precision_with_all_that_is_optional(inputs, tmp_pa
 
 def test_pictures_and_traces(inputs, tmp_path):
     options = ("--set=run.sample_every=3", "--set=run.sample_people=2", "--set=run.sample_steps=2")
-    # The trace ends before the picture, whose compilation it would hold too: that took 20 s to write.
+    # The trace ends before the picture, whose compilation it would hold too, and be long in writing.
     assert run(tmp_path, inputs, "--max-steps", "3", *options, "--profile-steps", "1:2") == 0
     with Image.open(tmp_path / "samples" / "0000003.png") as grid:
         assert grid.size == (256 + 2 * 260, 132 + 2 * 260)  # two people across, two prompts down

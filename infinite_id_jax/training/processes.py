@@ -27,11 +27,11 @@ def join(*, automatic: bool, coordinator: str | None, count: int | None, number:
     if coordinator is not None:
         try:
             jax.distributed.initialize(coordinator, count, number, local_devices())
-        except (ValueError, IndexError):
+        except (ValueError, IndexError) as error:
             raise InputError(
                 f"--coordinator {coordinator} is to be HOST:PORT, with --num-processes N and, in each process another, "
                 "--process-id from 0 to N - 1."
-            ) from None
+            ) from error
     elif automatic:
         jax.distributed.initialize(local_device_ids=local_devices())
     elif count is not None or number is not None:
