@@ -19,7 +19,7 @@ from data_pipeline.records import PhotoRecord
 from data_pipeline.targets import cut_target, target_size
 from infinite_id_jax.conditioning import Split, encode_crops
 from infinite_id_jax.stable_diffusion.clip_vision import preprocess
-from infinite_id_jax.stable_diffusion.vae import AutoencoderKL, Posterior
+from infinite_id_jax.stable_diffusion.vae import AutoencoderKL, Posterior, to_pixels
 from infinite_id_jax.typing import Array
 from infinite_id_jax.weights.folder import load_image_encoder
 from infinite_id_jax.weights.load import load_module
@@ -79,8 +79,7 @@ class Encoders:
         """CLIP's states of the configured layer of up to a batch of crops."""
         assert self._clip is not None, "hidden states are cached only with id_features=cached"
         output = encode_crops(self._clip, preprocess(self._padded(crops)))
-        states = output.last_hidden_state if self._config.clip_layer == "last" else output.penultimate
-        return np.asarray(states.astype(jnp.bfloat16))
+        return np.asarray(output.hidden_states(self._config.clip_layer).astype(jnp.bfloat16))
 
     def _padded(self, pictures: Sequence[np.ndarray]) -> UInt8[np.ndarray, "batch H W 3"]:
         return np.stack([*pictures, *[pictures[-1]] * (self._config.batch_size - len(pictures))])
@@ -88,6 +87,6 @@ class Encoders:
 
 @partial(jax.jit, static_argnums=0)
 def _posterior(graph: Any, state: Any, pictures: Array) -> Posterior:
-    pixels = (pictures.astype(jnp.float32) / 127.5 - 1).astype(jax.tree.leaves(state)[0].dtype)
+    pixels = to_pixels(pictures).astype(jax.tree.leaves(state)[0].dtype)
     posterior = nnx.merge(graph, state).encode(pixels)
     return Posterior(posterior.mean.astype(jnp.bfloat16), posterior.std.astype(jnp.bfloat16))

@@ -203,8 +203,8 @@ class InfiniteIDPipeline:
         crop = face.arcface_crop if needs.arcface_crop else face.clip_crop
         fitted = resize_and_crop(PILImage.fromarray(crop), self.image_encoder.config.image_size)
         seen = self._see(preprocess(fitted[None]))
-        hidden = seen.penultimate if needs.clip_layer == "penultimate" else seen.last_hidden_state
-        return self._identity(FaceFeatures(hidden[0], face.embedding, seen.image_embeds[0]), face)
+        hidden = seen.hidden_states(needs.clip_layer)[0]
+        return self._identity(FaceFeatures(hidden, face.embedding, seen.image_embeds[0]), face)
 
     def mix_identities(self, identities: Sequence[Identity], weights: Sequence[float] | None = None) -> Identity:
         """Several people as one: their tokens side by side, or with weights their weighted sum (A.7)."""

@@ -16,6 +16,7 @@ from infinite_id_jax.faces.small_resnet import SmallResNetConfig
 from infinite_id_jax.files import save_json
 from infinite_id_jax.identity.features import unit
 from infinite_id_jax.images import shrunk
+from infinite_id_jax.stable_diffusion.vae import to_pixels
 from miniature import judges, pictures, vae
 
 _PEOPLE = 200  # among whom somebody is looked for
@@ -44,7 +45,7 @@ def autoencoder(folder: Path, drawn: pictures.Pictures) -> dict[str, float]:
 
     @jax.jit
     def quality(images: jax.Array) -> jax.Array:
-        image, model = images.astype(jnp.float32) / 127.5 - 1, nnx.merge(graph, state)
+        image, model = to_pixels(images), nnx.merge(graph, state)
         return vae.psnr(model.decode(model.encode(image).mean), image)
 
     found = _batched(quality, drawn.images)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
+from infinite_id_jax.stable_diffusion.vae import AutoencoderKL, to_pixels
 from infinite_id_jax.typing import Array, Float
 from miniature import pictures, vae
 from miniature.fit import Budget, fit
@@ -30,7 +30,7 @@ def polish(folder: Path, model: AutoencoderKL, drawn: pictures.Pictures) -> Auto
     graph, decoder, rest = nnx.split(model, _is_decoder, ...)
 
     def loss(arrays: dict[str, Any], batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        image = batch["images"].astype(jnp.float32) / 127.5 - 1
+        image = to_pixels(batch["images"])
         posterior = nnx.merge(graph, arrays["decoder"], rest).encode(image)
         z = jax.lax.stop_gradient(posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape))
         again = nnx.merge(graph, arrays["decoder"], rest).decode(z)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from infinite_id_jax.stable_diffusion.config import VAEConfig
-from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
+from infinite_id_jax.stable_diffusion.vae import AutoencoderKL, to_pixels
 from infinite_id_jax.typing import Array, Float
 from infinite_id_jax.weights.load import load_module
 from miniature import pictures
@@ -56,7 +56,7 @@ def read(folder: Path) -> AutoencoderKL:
 def scaled(model: AutoencoderKL, images: UInt8[np.ndarray, "n s s 3"]) -> AutoencoderKL:
     """The same, with the `scaling_factor` that gives latents of these images unit variance."""
     graph, state = nnx.split(model)
-    posterior = jax.jit(lambda part: nnx.merge(graph, state).encode(part.astype(jnp.float32) / 127.5 - 1))
+    posterior = jax.jit(lambda part: nnx.merge(graph, state).encode(to_pixels(part)))
     means, stds = zip(*(posterior(images[i : i + 32]) for i in range(0, len(images), 32)), strict=True)
     variance = np.var(np.concatenate(means)) + np.mean(np.square(np.concatenate(stds)))
     model.config = dataclasses.replace(model.config, scaling_factor=round(float(variance**-0.5), 5))
@@ -69,7 +69,7 @@ def loss(vae: AutoencoderKL, batch: Mapping[str, Array], key: Array) -> tuple[Ar
     Latents that can be made smaller like a picture have few details that are not the picture's (scale equivariance,
     Skorokhodov et al. 2025), and these are what a diffusion model learns last.
     """
-    image = batch["images"].astype(jnp.float32) / 127.5 - 1
+    image = to_pixels(batch["images"])
     posterior = vae.encode(image)
     z = posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape)
     again = vae.decode(z)

@@ -13,7 +13,7 @@ from infinite_id_jax.errors import InputError
 from infinite_id_jax.identity.config import AdapterConfig
 from infinite_id_jax.identity.features import FaceFeatures, unit
 from infinite_id_jax.identity.resampler import Resampler
-from infinite_id_jax.stable_diffusion.kernels import Linear
+from infinite_id_jax.stable_diffusion.kernels import Linear, layer_norm
 from infinite_id_jax.typing import Array, Float
 
 
@@ -24,7 +24,7 @@ class Mapper(nnx.Module):
         self.tokens = tokens
         self.fc_in = _linear(dim_in, hidden, rngs)
         self.fc_out = _linear(hidden, tokens * dim, rngs)
-        self.norm = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm = layer_norm(dim, rngs)
 
     def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows n D"]:
         tokens = self.fc_out(jax.nn.gelu(self.fc_in(x), approximate=False))

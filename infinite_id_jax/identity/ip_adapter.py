@@ -9,7 +9,7 @@ from flax import nnx
 
 from infinite_id_jax.identity.features import FaceFeatures, Needs
 from infinite_id_jax.identity.published import PublishedConfig
-from infinite_id_jax.stable_diffusion.kernels import Linear
+from infinite_id_jax.stable_diffusion.kernels import Linear, layer_norm
 from infinite_id_jax.typing import Array, Float
 
 
@@ -33,7 +33,7 @@ class IPAdapterEncoder(nnx.Module):
         width = config.cross_attention_dim
         self.tokens = config.tokens
         self.proj = Linear(config.clip_dim, config.tokens * width, rngs=rngs)
-        self.norm = nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm = layer_norm(width, rngs)
 
     def __call__(self, features: FaceFeatures) -> Float[Array, "B K D"]:
         """clip_pooled [B, clip_dim] -> [B, tokens, D]. Zeros are nobody."""

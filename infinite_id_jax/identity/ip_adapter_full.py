@@ -9,7 +9,7 @@ from flax import nnx
 
 from infinite_id_jax.identity.features import FaceFeatures, Needs
 from infinite_id_jax.identity.published import PublishedConfig
-from infinite_id_jax.stable_diffusion.kernels import Linear
+from infinite_id_jax.stable_diffusion.kernels import Linear, layer_norm
 from infinite_id_jax.typing import Array, Float
 
 
@@ -32,7 +32,7 @@ class IPAdapterFullEncoder(nnx.Module):
         width = config.cross_attention_dim
         self.fc_in = Linear(config.clip_dim, config.clip_dim, rngs=rngs)
         self.fc_out = Linear(config.clip_dim, width, rngs=rngs)
-        self.last_norm = nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.last_norm = layer_norm(width, rngs)
 
     def __call__(self, features: FaceFeatures) -> Float[Array, "B K D"]:
         """clip_hidden_states [B, K, clip_dim] -> [B, K, D]. CLIP's answer to an image of zeros is nobody."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from infinite_id_jax.stable_diffusion.attention import merge_heads, split_heads
-from infinite_id_jax.stable_diffusion.kernels import Linear, dot_product_attention
+from infinite_id_jax.stable_diffusion.kernels import Linear, dot_product_attention, layer_norm
 from infinite_id_jax.typing import Array, Float, Tokens
 
 
@@ -14,8 +14,8 @@ class PerceiverAttention(nnx.Module):
 
     def __init__(self, dim: int, heads: int, head_dim: int, *, rngs: nnx.Rngs):
         self.heads = heads
-        self.norm1 = _norm(dim, rngs)
-        self.norm2 = _norm(dim, rngs)
+        self.norm1 = layer_norm(dim, rngs)
+        self.norm2 = layer_norm(dim, rngs)
         self.to_q = Linear(dim, heads * head_dim, use_bias=False, rngs=rngs)
         self.to_kv = Linear(dim, 2 * heads * head_dim, use_bias=False, rngs=rngs)
         self.out = Linear(heads * head_dim, dim, use_bias=False, rngs=rngs)
@@ -31,7 +31,7 @@ class FeedForward(nnx.Module):
     """LayerNorm, then two maps without biases around the exact GELU."""
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
-        self.norm = _norm(dim, rngs)
+        self.norm = layer_norm(dim, rngs)
         self.fc_in = Linear(dim, hidden, use_bias=False, rngs=rngs)
         self.fc_out = Linear(hidden, dim, use_bias=False, rngs=rngs)
 
@@ -54,7 +54,7 @@ class Perceiver(nnx.Module):
         self.proj_in = Linear(dim_in, dim, rngs=rngs)
         self.layers = nnx.List(PerceiverLayer(dim, heads, head_dim, hidden, rngs=rngs) for _ in range(depth))
         self.proj_out = Linear(dim, dim_out, rngs=rngs)
-        self.norm_out = _norm(dim_out, rngs)
+        self.norm_out = layer_norm(dim_out, rngs)
 
     def __call__(self, x: Tokens, latents: Float[Array, "B n _"]) -> Float[Array, "B n _"]:
         """x [B, L, dim_in], latents [B, n, dim] -> [B, n, dim_out]."""
@@ -88,7 +88,3 @@ class Resampler(nnx.Module):
         """x [B, L, dim_in] -> [B, queries, dim_out]."""
         latents = jnp.broadcast_to(self.latents[...], (x.shape[0], *self.latents.shape[1:]))
         return self.perceiver(x, latents)
-
-
-def _norm(dim: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from infinite_id_jax.stable_diffusion.kernels import GroupNorm, Linear, dot_product_attention
+from infinite_id_jax.stable_diffusion.kernels import GroupNorm, Linear, dot_product_attention, layer_norm
 from infinite_id_jax.typing import Array, Attend, Float, Heads, Tokens
 
 
@@ -61,12 +61,12 @@ class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual."""
 
     def __init__(self, dim: int, heads: int, cross_attention_dim: int, *, rngs: nnx.Rngs):
-        self.norm1 = _layer_norm(dim, rngs)
+        self.norm1 = layer_norm(dim, rngs)
         self.attn1 = Attention(dim, dim, heads, dim // heads, rngs=rngs)
-        self.norm2 = _layer_norm(dim, rngs)
+        self.norm2 = layer_norm(dim, rngs)
         # Called as attn2(x, context) and nothing else, so that a wrapper may take its place.
         self.attn2: Any = Attention(dim, cross_attention_dim, heads, dim // heads, rngs=rngs)
-        self.norm3 = _layer_norm(dim, rngs)
+        self.norm3 = layer_norm(dim, rngs)
         self.ff = FeedForward(dim, rngs=rngs)
 
     def __call__(self, x: Tokens, context: Any) -> Tokens:
@@ -102,10 +102,6 @@ class Transformer2DModel(nnx.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + self.proj_out(rearrange(tokens, "B (H W) C -> B H W C", H=height))
-
-
-def _layer_norm(dim: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
 
 def _projection(channels: int, linear: bool, rngs: nnx.Rngs) -> nnx.Linear | nnx.Conv:

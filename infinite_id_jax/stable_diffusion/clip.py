@@ -13,7 +13,7 @@ from flax import nnx
 
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig, CLIPVisionConfig
-from infinite_id_jax.stable_diffusion.kernels import Linear
+from infinite_id_jax.stable_diffusion.kernels import Linear, layer_norm
 from infinite_id_jax.typing import Array, Float, Int, Tokens
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
@@ -42,11 +42,6 @@ def activation(name: str) -> Callable[[Array], Array]:
     if name not in functions:
         raise InputError(f"hidden_act={name!r} is not supported: CLIP models use {' or '.join(functions)}.")
     return functions[name]
-
-
-def layer_norm(config: CLIPConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over channels; the variance in two passes, as E[x^2] - E[x]^2 cancels on CLIP's large channels."""
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
 
 def look_up(table: nnx.Embed, ids: Int[Array, "*B"]) -> Float[Array, "*B C"]:
@@ -96,9 +91,9 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.self_attn = Attention(config, rngs=rngs)
-        self.layer_norm1 = layer_norm(config, rngs)
+        self.layer_norm1 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
         self.mlp = MLP(config, rngs=rngs)
-        self.layer_norm2 = layer_norm(config, rngs)
+        self.layer_norm2 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
 
     def __call__(self, x: Tokens, *, causal: bool) -> Tokens:
         x = x + self.self_attn(self.layer_norm1(x), causal=causal)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.stable_diffusion.clip import Encoder, layer_norm, look_up
+from infinite_id_jax.stable_diffusion.clip import Encoder, look_up
 from infinite_id_jax.stable_diffusion.config import CLIPTextConfig
-from infinite_id_jax.stable_diffusion.kernels import Linear
+from infinite_id_jax.stable_diffusion.kernels import Linear, layer_norm
 from infinite_id_jax.typing import Array, Float, Int, Tokens
 
 LEGACY_EOS = 2  # configurations written before transformers 4.31 hold this instead of the vocabulary's EOS
@@ -49,7 +49,7 @@ class CLIPTextModel(nnx.Module):
         self.config = config
         self.embeddings = TextEmbeddings(config, rngs=rngs)
         self.encoder = Encoder(config, rngs=rngs)
-        self.final_layer_norm = layer_norm(config, rngs)
+        self.final_layer_norm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
         if config.with_projection:
             self.text_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 

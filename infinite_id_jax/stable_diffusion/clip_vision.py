@@ -10,9 +10,9 @@ from flax import nnx
 from PIL import Image
 
 from infinite_id_jax.errors import InputError
-from infinite_id_jax.stable_diffusion.clip import Encoder, layer_norm
+from infinite_id_jax.stable_diffusion.clip import Encoder
 from infinite_id_jax.stable_diffusion.config import CLIPVisionConfig
-from infinite_id_jax.stable_diffusion.kernels import Linear
+from infinite_id_jax.stable_diffusion.kernels import Linear, layer_norm
 from infinite_id_jax.typing import Array, Float, Tokens, UInt8
 
 # Per-channel RGB statistics of CLIP's training images (openai/CLIP, clip.py).
@@ -27,6 +27,10 @@ class VisionOutput(NamedTuple):
     penultimate: Tokens  # before the last layer
     pooled: Float[Array, "B C"]  # the class token after the post norm
     image_embeds: Float[Array, "B E"]  # `pooled` in the space shared with the text
+
+    def hidden_states(self, layer: str) -> Tokens:
+        """Of the "penultimate" layer, or else of the last."""
+        return self.penultimate if layer == "penultimate" else self.last_hidden_state
 
 
 class VisionEmbeddings(nnx.Module):
@@ -61,9 +65,9 @@ class CLIPVisionModel(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
-        self.pre_layrnorm = layer_norm(config, rngs)  # the checkpoints' spelling
+        self.pre_layrnorm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)  # the checkpoints' spelling
         self.encoder = Encoder(config, rngs=rngs)
-        self.post_layernorm = layer_norm(config, rngs)
+        self.post_layernorm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
         self.visual_projection = Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> VisionOutput:

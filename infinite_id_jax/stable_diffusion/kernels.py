@@ -241,6 +241,11 @@ def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Arra
 _product.defvjp(_product_forward, _product_backward)
 
 
+def layer_norm(channels: int, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
+    """LayerNorm over channels; the variance in two passes, as E[x^2] - E[x]^2 cancels on CLIP's large channels."""
+    return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
 class GroupNorm(nnx.Module):
     """Group normalisation in two passes in fp32, over each channel first and then over the channels of its group.
 

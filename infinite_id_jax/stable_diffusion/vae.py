@@ -18,7 +18,7 @@ from infinite_id_jax.stable_diffusion.resnet import (
     Upsample2D,
     conv3x3,
 )
-from infinite_id_jax.typing import Array, Float, Image, Latents
+from infinite_id_jax.typing import Array, Float, Image, Latents, UInt8
 
 _EPS = 1e-6
 
@@ -133,6 +133,11 @@ class AutoencoderKL(nnx.Module):
     def decode(self, z: Latents) -> Float[Array, "B H W 3"]:
         """Unscaled latents [B, h, w, c] -> image [B, 8h, 8w, 3], about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
+
+
+def to_pixels(images: UInt8[Array, "B H W 3"]) -> Image:
+    """RGB bytes as the pixels of `AutoencoderKL`, fp32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def _resnet(channels_in: int, channels_out: int, groups: int, rngs: nnx.Rngs) -> ResnetBlock2D:

@@ -143,7 +143,7 @@ def hidden_states(objective: Objective, frozen: Frozen, batch: Batch) -> Float[A
     if objective.vision is None or frozen.vision is None:
         raise ValueError("Crops need the image encoder in the objective.")
     out = conditioning.encode_crops((objective.vision, frozen.vision), preprocess(batch["clip_crop"]))
-    return out.penultimate if objective.clip_layer == "penultimate" else out.last_hidden_state
+    return out.hidden_states(objective.clip_layer)
 
 
 def _text(objective: Objective, frozen: Frozen, batch: Batch, keep: Array) -> tuple[Array | None, Array]:
