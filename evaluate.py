@@ -94,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
         between = partial(pipes.draw_between, prompts)
         judged.between(INTERPOLATION, study.interpolation_weights, between, photographs)
         judged.between(MIXING, [None], between, photographs)
-    settle(study, world, people, prompts, args.output_dir)  # whose files may have been changed meanwhile
+    made_of = settle(study, world, people, prompts, args.output_dir)  # whose files may have been changed meanwhile
     if args.part != (1, 1):
         print(f"Part {args.part[0]} of {args.part[1]} is drawn: when all are, the same command without --part sums up.")
         return 0
-    paths = write_results(study, judged.results(), args.output_dir)
+    paths = write_results(study, judged.results(), made_of, args.output_dir)
     print(f"Done: {', '.join(map(str, paths))}")
     return 0
 
@@ -148,15 +148,20 @@ def check(study: "StudyConfig") -> None:
 
 def settle(
     study: "StudyConfig", world: "World", people: "Sequence[Person]", prompts: "Sequence[Prompt]", folder: Path
-) -> None:
-    """Note what is measured in DIR/study.json. Raises InputError where the folder holds scores of another study."""
+) -> dict[str, Any]:
+    """Note what is measured in DIR/study.json; the fingerprints of its weights.
+
+    Raises InputError where the folder holds scores of another study.
+    """
     from infinite_id_jax.files import fingerprint, save_json
     from infinite_id_jax.weights.folder import resolve
 
-    content = {
+    made_of = {
         "model": fingerprint(resolve(study.model)),
         "adapters": {name: fingerprint(Path(path)) for name, path in sorted(study.adapters.items())},
         "world": world.name,
+    }
+    content = made_of | {
         "identities": [person.name for person in people],
         "prompts": [prompt.text for prompt in prompts],
         "group": study.group,
@@ -173,6 +178,7 @@ def settle(
     if scored and json.loads(path.read_text()) != json.loads(json.dumps(content)):
         raise InputError(f"{folder} holds another study's scores: choose another --output-dir, or delete it.")
     save_json(content, path)
+    return made_of
 
 
 def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:

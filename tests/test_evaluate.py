@@ -280,7 +280,7 @@ def test_metrics_have_the_promised_surface(finished):
         assert set(entry) - {"note", "no_face_zero"} == {
             "claim", "metric", "first", "second", "bound", "prompts", "difference", "verdict",
         }  # fmt: skip
-        assert ("no_face_zero" in entry) == (entry["metric"] == "m_face")
+        assert ("no_face_zero" in entry) == (entry["metric"] in ("m_face", "clip_i"))
     assert [(entry["metric"], entry["first"], entry["second"]) for entry in content["claims"]] == [
         ("m_face", "full", "other"), ("prompted_style", "full", "text_only"), ("m_face", "smaller", "full"),
         ("m_face", "full", "m_face_impostor_95"), ("m_face", "full", "m_face_cross_impostor_95"),
@@ -296,6 +296,20 @@ def test_metrics_have_the_promised_surface(finished):
     assert [bool(entry.get("note")) for entry in content["claims"][:4]] == [True, False, False, False]
     assert "trained once" in content["claims"][0]["note"]
     assert content["settings"]["identities"] == 5
+    noted = json.loads((finished[0] / "study.json").read_text())
+    assert {name: content["settings"][name] for name in ("model", "adapters", "world")} == {
+        name: noted[name] for name in ("model", "adapters", "world")
+    }
+
+
+def test_a_style_is_judged_beside_what_else_is_said(finished):
+    content = results(finished[0])
+    for table in ("methods", "methods_photo", "methods_style"):
+        for metrics in content[table].values():
+            assert metrics["prompted"] == metrics["prompted_scene"]
+    copy = content["methods"]["reference_copy"]
+    assert copy["prompted"] != copy["prompted_style"]  # photographs by day: one of three prompts, two of three styles
+    assert content["base"]["mean"] == content["base"]["attributes"]["prompted_scene"]
 
 
 def test_a_claim_is_its_figure_less_its_bar(finished):

@@ -8,7 +8,7 @@ import numpy as np
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.evaluation.metrics import Estimate, Scores, above, difference, interval, verdict
 from infinite_id_jax.evaluation.study import BASE, INTERPOLATION, MIXING, Claim, StudyConfig
-from infinite_id_jax.evaluation.tables import WHERE_NO_FACE_IS_ZERO, Row, as_scores, of_kind
+from infinite_id_jax.evaluation.tables import FIDELITY, Row, as_scores, no_face_zero, of_kind
 
 ONE_RUN = "Each side was trained once: the interval says nothing of how far another training would have come."
 
@@ -42,8 +42,8 @@ def _difference(claim: Claim, rows: Sequence[Row], study: StudyConfig) -> dict[s
     if not all(any(claim.metric in row for row in side) for side in (a, b)):
         raise InputError(f"{claim.first} and {claim.second} have no {claim.metric}: take a metric of images.csv.")
     entry = _entry(claim, _paired(a, b, claim.metric))
-    if claim.metric == "m_face":
-        entry["no_face_zero"] = list(_paired(a, b, WHERE_NO_FACE_IS_ZERO))
+    if claim.metric in FIDELITY:
+        entry["no_face_zero"] = list(_paired(a, b, no_face_zero(claim.metric)))
     adapters = {method.name: method.adapter for method in study.methods}
     trained = {adapters[name] for name in (claim.first, claim.second) if name in adapters}
     return {**entry, "note": ONE_RUN} if len(trained) > 1 else entry
@@ -100,7 +100,7 @@ def _identity_bars(study: StudyConfig, rows: Sequence[Row], baselines: Mapping[s
 def _similarity_bar(claim: Claim, rows: Sequence[Row], bar: float) -> dict[str, Any]:
     scores = as_scores(rows)
     return _entry(claim, _above(scores, "m_face", bar)) | {
-        "no_face_zero": list(_above(scores, WHERE_NO_FACE_IS_ZERO, bar))
+        "no_face_zero": list(_above(scores, no_face_zero("m_face"), bar))
     }
 
 

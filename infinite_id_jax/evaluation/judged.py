@@ -14,6 +14,7 @@ from tqdm import tqdm
 from infinite_id_jax.errors import NoFaceError
 from infinite_id_jax.evaluation.metrics import cosine, pairwise_cosine
 from infinite_id_jax.evaluation.study import BASE, DRAWN, INTERPOLATION, MIXING, REFERENCE
+from infinite_id_jax.evaluation.tables import STYLE
 from infinite_id_jax.evaluation.world import Person, Pictures, Prompt, Seen, World
 from infinite_id_jax.files import replacing
 from infinite_id_jax.images import is_whole, save_png
@@ -109,6 +110,7 @@ class Judged:
         given = self.seen_photos
         said = {f"prompted_{key}": float(seen.attributes[key][i] == value) for key, value in asked.items()}
         kept = {f"identity_{key}": float(seen.attributes[key][i] == value) for key, value in looks.items()}
+        content = [right for name, right in said.items() if name != STYLE]
         found = bool(seen.found[i])
         return {
             "method": name,
@@ -123,7 +125,7 @@ class Judged:
             "rank_1": float(found and self._nearest(seen.face[i]) == i),
             "clip_i": float(cosine(seen.clip_face[i : i + 1], given.clip_face[i : i + 1])[0]) if found else None,
             "clip_t": float(seen.clip[i] @ self._texts[p]),
-            "prompted": float(np.mean(list(said.values()))),
+            "prompted": float(np.mean(content)) if content else None,
             "identity_attributes": float(np.mean(list(kept.values()))) if kept else None,
             **said,
             **kept,

@@ -21,13 +21,13 @@ _COLUMNS = {
     "clip_t": "CLIP-T",
     "clip_i": "CLIP-I (faces)",
     "m_face": "M_Face",
-    tables.WHERE_NO_FACE_IS_ZERO: "M_Face, no face = 0",
+    tables.no_face_zero("m_face"): "M_Face, no face = 0",
     "rank_1": "rank 1",
     "photo_face": "photos with a face",
     "found": "faces found",
     "prompted": "prompted attributes",
     "identity_attributes": "identity attributes",
-    "prompted_style": "style",
+    tables.STYLE: "style",
     "diversity_judge": "diversity (judge's features)",
     "trusted_diversity_judge": "trusted diversity (the same)",
     "kid_judge": "KID (the same)",
@@ -69,8 +69,9 @@ _CLAIMS = (
 _METHODS = (
     "Means over pictures with 95% intervals over groups of people who share noise. M_Face and CLIP-I are cosines with "
     "the given photo; rank 1 is the share of pictures nearer to the right photo than to anybody else's (a picture "
-    "without a face counts as wrong); attributes are shares of pictures on which a judge sees what was asked, or what "
-    "the person looks like. Where no face was found in a photo made smaller, nobody is drawn in its place. Diversity, "
+    "without a face counts as wrong); prompted attributes are the share of what a prompt says beside its style that a "
+    "judge sees in the picture, identity attributes that of what the person looks like. Where no face was found in a "
+    "photo made smaller, nobody is drawn in its place. Across styles CLIP-I says little of who it is. Diversity, "
     "KID and FID are of photographs, over features of the judging recogniser, so comparable here only. Judges: "
 )
 _BASELINES = (
@@ -122,6 +123,7 @@ def _baselines(content: Mapping[str, Any]) -> list[Block]:
         ),
         ["CLIP-I, two photos of one person", found["clip_i_genuine"]],
         ["CLIP-I, two people", found["clip_i_impostor_mean"]],
+        ["CLIP-I, 95% of pairs of two people are below", found["clip_i_impostor_95"]],
         ["Rank 1 of the judge among these people", found["judge_rank_1"]],
         ["Faces found in photos", found["detection_rate_photos"]],
     ]
@@ -131,12 +133,12 @@ def _baselines(content: Mapping[str, Any]) -> list[Block]:
             name.replace("_", " ", 1),
             guessing[name.partition("_")[0]][name.partition("_")[2]],
             accuracy,
-            content["methods"][first].get(name, ""),
+            *(content["methods"].get(method, {}).get(name, "") for method in (first, TEXT_ONLY)),
             _half(found, name),
         ]
         for name, accuracy in sorted(found["judges"].items())
     ]
-    header = ["Attribute", "guessing", "judge on drawn pictures", first, "half-way"]
+    header = ["Attribute", "guessing", "judge on drawn pictures", first, TEXT_ONLY, "half-way"]
     return [Table(["Baseline", "Value"], single), Table(header, attributes)]
 
 
@@ -160,18 +162,23 @@ def _drawn(study: StudyConfig, rows: Rows) -> list[str]:
 
 
 def _comparison(study: StudyConfig, rows: Rows, titles: Mapping[str, str]) -> list[Section]:
-    whole = [m.name for m in study.methods if m.photo is not None and m.style is not None]
+    photographs = tables.of_kind(rows, "photo")  # across styles CLIP-I says little of who it is
+    whole = [m.name for m in study.methods if m.photo is not None and m.shrink == 1]
     there = [
         name
         for name in whole
-        if all(any(row["method"] == name and row[metric] is not None for row in rows) for metric in tables.FIDELITY)
+        if all(
+            any(row["method"] == name and row[metric] is not None for row in photographs) for metric in tables.FIDELITY
+        )
     ]
     if len(there) < 2:
         return []
-    points = {titles[name]: point for name, point in tables.fidelity_and_semantics(rows, there).items()}
+    points = {titles[name]: point for name, point in tables.fidelity_and_semantics(photographs, there).items()}
     drawn = figures.scatter(points, x_label="CLIP-T", y_label="mean z-score of M_Face and CLIP-I")
     figure = Figure("Methods by consistency with the text and fidelity of the identity", drawn)
-    return [Section("Identity against semantics", "As Fig. 9: to the right and up is better.", [figure])]
+    return [
+        Section("Identity against semantics", "As Fig. 9, of photographs: to the right and up is better.", [figure])
+    ]
 
 
 def _resolution(study: StudyConfig, rows: Rows) -> list[Section]:
@@ -254,7 +261,7 @@ def _grid(method: str, results: Results, rows: Rows, titles: Mapping[str, str], 
 
 def _cell(row: Mapping[str, Any], folder: Path) -> Cell:
     face = "no face" if row["m_face"] is None else f"face {row['m_face']:.2f}"
-    return Cell(folder / row["file"], [face, f"text {row['prompted']:.0%}"])
+    return Cell(folder / row["file"], [face, "" if row["prompted"] is None else f"text {row['prompted']:.0%}"])
 
 
 def _styles(study: StudyConfig, results: Results, rows: Rows, titles: Mapping[str, str], folder: Path) -> list[Section]:

@@ -15,14 +15,18 @@ from infinite_id_jax.evaluation.study import REFERENCE, TEXT_ONLY, StudyConfig
 _IDENTITY, _PROMPTED, _DRAWN = "identity_", "prompted_", "drawn_"
 
 
-def write_results(study: StudyConfig, results: Results, folder: Path) -> list[Path]:
-    """Write metrics.json, images.csv, report.html and tables.md; their paths."""
+def write_results(study: StudyConfig, results: Results, made_of: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write metrics.json, images.csv, report.html and tables.md; their paths.
+
+    made_of: fingerprints of what was measured, which tell one study's figures from another's.
+    """
     from infinite_id_jax.evaluation.markdown import write_markdown
     from infinite_id_jax.evaluation.report import write_report
     from infinite_id_jax.evaluation.study_report import report_of
 
     rows = tables.with_zero_for_no_face(results.rows)
     content = summarise(study, results, rows)
+    content["settings"] |= made_of
     tables.write_csv(rows, folder / "images.csv")
     tables.write_metrics(content, folder / "metrics.json")
     report = report_of(study, results, rows, content, folder)
@@ -147,6 +151,7 @@ def baselines(study: StudyConfig, results: Results, rows: Sequence[Mapping[str, 
         "m_face_cross_impostor_95": _cross_impostors(results, rows, study.methods[0].name),
         "clip_i_genuine": same["clip_face"],
         "clip_i_impostor_mean": _mean(different["clip_face"]),
+        "clip_i_impostor_95": _bar(different["clip_face"]),
         "judge_rank_1": metrics.interval(right, np.repeat(names, count)),
         "detection_rate_photos": float(others.found.mean()),
         "judges": results.judges,
@@ -185,13 +190,14 @@ def _cross_impostors(results: Results, rows: Sequence[Mapping[str, Any]], method
 
 
 def base_table(results: Results) -> dict[str, Any]:
-    """Accuracy of the attributes that the base was asked for, alone."""
+    """Accuracy of the attributes that the base was asked for, alone; `mean` is of those that are not the style."""
     columns = dict.fromkeys(name for row in results.base for name in row if name.startswith(_PROMPTED))
     table = {}
     for name in columns:
         values = np.array([row[name] for row in results.base if row.get(name) is not None], np.float64)
         table[name] = metrics.interval(values, np.arange(len(values)))
-    every = [(row[name], i) for i, row in enumerate(results.base) for name in columns if row.get(name) is not None]
+    content = [name for name in columns if name != tables.STYLE]
+    every = [(row[name], i) for i, row in enumerate(results.base) for name in content if row.get(name) is not None]
     values, pictures = np.array(every, np.float64).reshape(-1, 2).T
     return {
         "mean": metrics.interval(values, pictures),

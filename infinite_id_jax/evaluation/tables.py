@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 NAMES = ("method", "identity", "group", "prompt", "style", "text", "file")
 FIDELITY = ("m_face", "clip_i")
-WHERE_NO_FACE_IS_ZERO = "m_face_no_face_zero"
+STYLE = "prompted_style"  # a column of its own beside the mean of what else a prompt says
 
 
 def as_scores(rows: Sequence[Row]) -> Scores:
@@ -48,12 +48,17 @@ def of_kind(rows: Iterable[Row], prompts: str) -> list[Row]:
     return [row for row in rows if prompts == "all" or (row["style"] == "photo") == (prompts == "photo")]
 
 
-def with_zero_for_no_face(rows: Iterable[Row]) -> list[Row]:
-    """Adds the similarity that counts 0 where no face was found."""
+def with_zero_for_no_face(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Adds the similarities that count 0 where no face was found."""
     return [
-        {**row, WHERE_NO_FACE_IS_ZERO: 0.0 if row["m_face"] is None else row["m_face"]} if "m_face" in row else row
+        {**row} | {no_face_zero(name): 0.0 if row[name] is None else row[name] for name in FIDELITY if name in row}
         for row in rows
     ]
+
+
+def no_face_zero(metric: str) -> str:
+    """The name of a similarity that counts 0 where no face was found."""
+    return f"{metric}_no_face_zero"
 
 
 def fidelity_and_semantics(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, tuple[Estimate, Estimate]]:
