@@ -204,12 +204,12 @@ def caption(prompt_attributes: Scene | Mapping[str, str | None], style: str, see
 
 
 def with_looks(text: str, person: Mapping[str, str], seed: int) -> str:
-    """A caption that says more: after who is in it, a random part of how that person looks, such as "a pink mohawk".
+    """A caption that says more: after who is in it, how that person looks, such as "a pink mohawk", or a part of that.
 
     `person` has what shows of the keys of LOOKS and of hair_colour.
     """
     rng = generator("looks", seed)
-    share, phrases = rng.random(), []
+    share, phrases = min(1.0, 2 * rng.random()), []
     for name, words in LOOKS.items():
         choices = words[person[name]] if name in person else ()
         place, said = rng.random(2)
@@ -321,7 +321,7 @@ PROMPTS: tuple[tuple[dict[str, str], str, str], ...] = (
         background="beach",
         view="wide shot",
     ),
-    _prompt("flat", "a flat illustration of a person, smiling, in a forest", expression="happy", background="forest"),
+    _prompt("flat", "a flat illustration of a person smiling, in a forest", expression="happy", background="forest"),
     _prompt("line art", "a line drawing of a person in a hoodie, smiling", clothing="hoodie", expression="happy"),
     _prompt(
         "pixel art",
@@ -338,7 +338,7 @@ PROMPTS: tuple[tuple[dict[str, str], str, str], ...] = (
     ),
     _prompt(
         "sepia",
-        "a sepia poster of a person, looking surprised, in a desert",
+        "a sepia poster of a person looking surprised, in a desert",
         expression="surprised",
         background="desert",
     ),
@@ -358,17 +358,17 @@ PROMPTS: tuple[tuple[dict[str, str], str, str], ...] = (
         background="snow",
     ),
     _prompt(
-        "sepia", "an old sepia print of a person, winking, in a city at night", expression="winking", background="city"
+        "sepia", "an old sepia print of a person winking, in a city at night", expression="winking", background="city"
     ),
     _prompt(
         "flat",
-        "a flat cartoon of a person, crying, under water",
+        "a flat cartoon of a person crying, under water",
         expression="sad",
         background="sea floor",
     ),
     _prompt(
         "sketch",
-        "a close-up pencil drawing of a person, in love, in a library",
+        "a close-up pencil drawing of a person in love, in a library",
         expression="in love",
         background="library",
         view="close-up",

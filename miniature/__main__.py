@@ -77,14 +77,18 @@ def train_judge_clip(folder: Path) -> None:
 def train_unet(folder: Path) -> None:
     base, autoencoder = folder / "model", vae.read(folder / "model" / "vae")
     latents = unet.encode(autoencoder, drawn(folder, "base"), folder / "latents.npz")
-    painter = unet.train(
-        folder / "unet",
-        drawn(folder, "base"),
-        latents,
-        autoencoder.config.scaling_factor,
-        unet.texts_in(folder / "text"),
-        load_tokenizers(base),
-    )
+    painter = unet.Painter(unet.texts_in(folder / "text"), rngs=nnx.Rngs(6))
+    for name, budget, every in (("unet", unet.BUDGET, 4), ("looks", unet.LOOKS, 1)):
+        painter = unet.train(
+            folder / name,
+            drawn(folder, "base"),
+            latents,
+            autoencoder.config.scaling_factor,
+            painter,
+            load_tokenizers(base),
+            budget,
+            every,
+        )
     save_module(painter.unet, base / "unet")
     for name, text in zip(TEXT_ENCODERS, painter.texts, strict=True):
         save_module(text, base / name)

@@ -21,13 +21,15 @@ from infinite_id_jax.images import softened
 from infinite_id_jax.stable_diffusion.clip_text import CLIPTextModel
 from infinite_id_jax.stable_diffusion.tokenizer import CLIPTokenizer
 from infinite_id_jax.stable_diffusion.unet import AddedConditions, UNet2DConditionModel
-from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
+from infinite_id_jax.stable_diffusion.vae import AutoencoderKL, to_pixels
 from infinite_id_jax.typing import Array
 from infinite_id_jax.weights.load import load_module
 from miniature import clip, pictures
 from miniature.fit import Batch, Budget, fit_module, rows
 
 BUDGET = Budget(steps=12000, batch_size=32, learning_rate=1e-3, average=0.9985)
+# After it, with more captions that say how the person looks: an adapter chooses among what the text could have said.
+LOOKS = Budget(steps=5000, batch_size=32, learning_rate=8e-4, average=0.9985)
 # v, not the noise: what a small network misses of the noise where little else is left (t = 850) is ten times as much of
 # the picture, and there it is decided what the picture shows. Sampling starts at the last timestep: before it, where
 # more of a picture is expected, noise alone is taken for one in grey (Lin et al. 2023).
@@ -49,7 +51,7 @@ class Latents(NamedTuple):
 def encode(model: AutoencoderKL, drawn: pictures.Pictures, path: Path) -> Latents:
     """The latents of all pictures, kept in the file `path` until the encoder or the pictures are others."""
     graph, state = nnx.split(model)
-    posterior = jax.jit(lambda images: nnx.merge(graph, state).encode(images.astype(jnp.float32) / 127.5 - 1))
+    posterior = jax.jit(lambda images: nnx.merge(graph, state).encode(to_pixels(images)))
 
     def batch(start: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         chosen = [_once_smaller(image, start + i) for i, image in enumerate(drawn.images[start : start + _BATCH])]
@@ -119,17 +121,18 @@ def train(
     drawn: pictures.Pictures,
     latents: Latents,
     scaling_factor: float,
-    texts: tuple[CLIPTextModel, CLIPTextModel],
+    painter: Painter,
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
-    budget: Budget = BUDGET,
+    budget: Budget,
+    every: int,
 ) -> Painter:
-    """The U-Net, and text encoders that learned on with it, from captions that say what shows of the scene and, now and
-    then, how the person looks."""
+    """U-Net and text encoders learn on from captions that say what shows of the scene and, one in `every`, how the
+    person looks."""
     alpha_bar = alphas_cumprod(SCHEDULE)
 
     def batch_at(step: int) -> Batch:
         chosen = rows(6, step, budget.batch_size, len(drawn.images))
-        texts = [clip.text_of(tokenizers[0], drawn.labels[i], int(i) + step, every=4) for i in chosen]
+        texts = [clip.text_of(tokenizers[0], drawn.labels[i], int(i) + step, every=every) for i in chosen]
         return {
             "mean": latents.mean[chosen],
             "std": latents.std[chosen],
@@ -155,7 +158,7 @@ def train(
         noisy = t >= len(alpha_bar) // 2
         return error.mean(), {"noisy_half": jnp.sum(error * noisy) / jnp.maximum(noisy.sum(), 1)}
 
-    first, second = (nnx.split(text) for text in texts)
+    first, second = (nnx.split(text) for text in painter.texts)
     read = np.asarray(encode_text(first, second, *(tokenize(drawn.captions[:4]) for tokenize in tokenizers))[0])
     over = hashlib.sha256(latents.mean[:4].tobytes() + np.round(read, 2).tobytes()).hexdigest()[:16]
-    return fit_module(Painter(texts, rngs=nnx.Rngs(6)), loss, batch_at, budget, folder, over=over)
+    return fit_module(painter, loss, batch_at, budget, folder, over=over)
