@@ -70,6 +70,6 @@ def test_the_adapter_keeps_who_it_is_and_does_what_is_said(world, people):
     photos = world.judge(np.stack([person.photo for person in people]))
     impostors = pairwise_cosine(photos.face, photos.face)[np.triu_indices(len(people), k=1)]
     assert seen.found.all()
-    assert np.mean(cosine(seen.face, photos.face[:PEOPLE])) > impostor_bar(impostors)  # measured 0.53 > 0.41
+    assert np.mean(cosine(seen.face, photos.face[:PEOPLE])) > impostor_bar(impostors)  # measured 0.61 > 0.41
     right = [found == said for name, said in SCENE.items() for found in seen.attributes[name]]
-    assert np.mean(right) > 0.75  # measured 0.96
+    assert np.mean(right) > 0.75  # measured 0.83
