@@ -56,7 +56,7 @@ def one_pipeline():
 
     @functools.wraps(load)
     def loaded(args, model):
-        key = (str(model), args.adapter, args.dtype)
+        key = (str(model), args.adapter, args.dtype, args.quantization)
         if key not in cache:
             cache[key] = load(args, model)
         return cache[key]
@@ -560,13 +560,15 @@ def test_files_from_elsewhere_draw(capsys, place, elsewhere, tmp_path):
     model = ("--model", str(elsewhere / "model.safetensors"), "--model-config", str(place / "model"))
     adapter = ("--adapter", str(elsewhere / published.FILES["faceid_plusv2"]))
     scale = ("--id-scale", '{"mid": 1, "up": {"block_0": [0, 1, 0]}}')
-    options = (*model, *adapter, *scale, "--streams", "one", "--save-aligned", "--num-images", "1")
+    options = (*model, *adapter, *scale, "--streams", "one", "--quantization", "int8", "--save-aligned")
     lora = ("--lora", f"{elsewhere / 'style=flat.safetensors'}=0.5")
     assert sample.main(arguments(place, tmp_path / "out", *options, *lora)) == 0
     assert "IP-Adapter-FaceID-Plus V2: sees the penultimate hidden states" in capsys.readouterr().out
     crop = Image.open(tmp_path / "out" / "aligned0-clip.png")
     face = extract_face(open_photo(place / "Eileen Collins ü.png"), backends.get_backend("offline"))
     np.testing.assert_array_equal(np.asarray(crop), face.arcface_crop)
+    (drawn,) = (tmp_path / "out").glob("prompt000-*.png")
+    assert json.loads(read_metadata(drawn)["settings"])["quantization"] == "int8"
 
     # Another strength of the LoRA, another file of the adapter: other images, which the first must not stand for.
     other = ("--lora", str(elsewhere / "style=flat.safetensors"))
