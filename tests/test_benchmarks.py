@@ -142,6 +142,26 @@ def test_both_sides_do_the_same_work(module, names, weights, tmp_path, monkeypat
             assert 0 < row["error"] <= 2e-5  # measured: 2.3e-6
 
 
+def test_all_go_on_where_they_were_and_end_in_tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    options = ("--output-dir", str(tmp_path), "--size", "tiny", "--repeats", "1", "vae_decode")
+    done = run("benchmarks", *options)
+    assert done.returncode == 0, done.stderr
+    figures = tmp_path / "cpu-tiny" / "vae_decode.json"
+    before = figures.stat().st_mtime_ns
+    (row,) = json.loads(figures.read_text())["rows"]
+    (tmp_path / "cpu-tiny" / "tables.md").unlink()
+    assert run("benchmarks", *options).returncode == 0
+    assert figures.stat().st_mtime_ns == before
+    assert f"| decode, 1 x 128 px | {row['ours_s']:.4g} s |" in (tmp_path / "cpu-tiny" / "tables.md").read_text()
+    assert {path.name for path in figures.parent.iterdir()} == {"vae_decode.json", "tables.md"}  # no weights
+
+    missing = run("benchmarks", *options, "--device", "gpu")
+    assert missing.returncode == 1
+    assert "JAX sees no GPU" in missing.stderr
+    assert "Failed, as said above: vae_decode." in missing.stderr
+
+
 def test_every_shortcut_changes_the_picture(weights, tmp_path):
     options = ["--size", "tiny", "--repeats", "1", "--keep-weights", str(weights), "--json", str(tmp_path / "out.json")]
     assert compare.main("benchmarks.shortcuts", "", shortcuts.cases, options) == 0
