@@ -92,8 +92,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-encoder", metavar="PATH", help="CLIP image encoder (default: image_encoder/ of the model)")
     p.add_argument("--negative-prompt", help='what not to draw (default: zero embeddings; "" is encoded)')
     p.add_argument("--num-images", type=int, default=1, metavar="N", help="per prompt, with seeds SEED, SEED+1, ...")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, default=30)
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the first image of each prompt (default 0)")
+    p.add_argument("--steps", type=int, default=30, metavar="N", help="of the sampler (default 30)")
     p.add_argument("--guidance-scale", type=float, default=5.0, help="1 or less turns guidance off (default 5)")
     p.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1, against oversaturation (default 0)")
     p.add_argument(
@@ -103,13 +103,13 @@ def parser() -> argparse.ArgumentParser:
         "--cache-interval", type=int, default=1, metavar="N", help="run the U-Net's inner levels every N steps"
     )
     p.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
-    p.add_argument("--width", type=int)
+    p.add_argument("--width", type=int, help="as --height")
     p.add_argument("--scheduler", default="ddim", help="ddim, euler or dpm++ (default ddim)")
     p.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts and seeds drawn at once (default 1)")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto: bfloat16 off the CPU")
     p.add_argument("--quantization", default="none", help="8-bit products in the U-Net: int8 or float8 (default none)")
     p.add_argument("--mesh", metavar="data=1,fsdp=1,tensor=1", help="divide the work over devices")
-    p.add_argument("--dry-run", action="store_true", help="check everything, say what would be drawn, write nothing")
+    p.add_argument("--dry-run", action="store_true", help="check everything, say what would be drawn, draw nothing")
     p.add_argument("--overwrite", action="store_true", help="replace images of another run in the output folder")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -134,9 +134,13 @@ def parser() -> argparse.ArgumentParser:
         "--streams", default="two", help="two (Infinite-ID), or one: as published IP-Adapters sample (default two)"
     )
     method.add_argument("--attention", default="mixed", help="mixed, mutual or off (default mixed)")
-    method.add_argument("--style-merge", default="none", help="none, adain_mean (for style prompts) or adain")
+    method.add_argument(
+        "--style-merge", default="none", help="none, adain_mean (for style prompts) or adain (default none)"
+    )
     method.add_argument("--text-stream", default="own", help="own or shared latents (default own)")
-    method.add_argument("--pooled-text", default="prompt", help="prompt or zeros, in the identity stream")
+    method.add_argument(
+        "--pooled-text", default="prompt", help="prompt or zeros, in the identity stream (default prompt)"
+    )
     method.add_argument("--no-cross-merge", action="store_true", help="keep text out of the identity's cross-attention")
     method.add_argument(
         "--id-scale",

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-steps", type=int, metavar="N", help="instead of run.steps")
     p.add_argument("--resume", default="auto", choices=("auto", "none"), help="none starts anew, the old run put aside")
     p.add_argument("--allow-change", action="store_true", help="resume although model, data or settings changed")
-    p.add_argument("--dry-run", action="store_true", help="print shapes, memory and FLOPs; load and write nothing")
+    p.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs; load and write nothing")
     p.add_argument("--profile-steps", type=_range, metavar="A:B", help="trace these steps into DIR/profile")
     p.add_argument("--overfit-batch", action="store_true", help="train on the first batch alone, to see it learned")
     p.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -17,11 +17,8 @@ from infinite_id_jax.errors import InputError
 # data, fsdp and tensor; -1 is what the others leave.
 LAYOUTS = {"data": (-1, 1, 1), "fsdp": (1, -1, 1), "tensor": (-1, 1, 2)}
 TEXT_TOKENS = 77
-# TPUs: products whose operands come in pieces would hold a second copy of the weights; little effort compiles sooner.
-_OPTIONS = {
-    "tpu": {"exec_time_optimization_effort": -1.0, "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
-    "cuda": {},
-}
+# Little effort compiles sooner.
+_OPTIONS = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}
 # What XLA asks of an H100 SXM (NVIDIA's H100 data sheet and CUDA's occupancy tables for compute capability 9.0).
 _H100 = """
 gpu_device_info {
@@ -207,9 +204,11 @@ def _sharded(mesh: Any) -> bool:
 def _compiled(platform: str, mesh: Any, lower: Callable[[], Any], flops: float) -> Compiled:
     import jax
 
+    from infinite_id_jax.sharding import compiler_options
     from infinite_id_jax.stable_diffusion.kernels import compiling_for
 
+    options = _OPTIONS[platform] | (compiler_options(mesh) or {})
     start = time.perf_counter()
     with compiling_for("gpu" if platform == "cuda" else platform), jax.set_mesh(mesh):
-        program = lower().compile(compiler_options=_OPTIONS[platform])
+        program = lower().compile(compiler_options=options)
     return Compiled(program, flops, time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""The whole of training in seconds on a CPU: a tiny random SDXL, drawn people, a checkpoint at every step.
+"""The whole of training in a minute on a CPU: a tiny random SDXL, drawn people, a checkpoint at every step.
 
     python train.py --config configs/debug.py --output-dir runs/debug
 

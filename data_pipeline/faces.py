@@ -29,7 +29,7 @@ class FoundFace:
     box: tuple[float, float, float, float]
     clip_crop: UInt8[np.ndarray, "s s 3"]
     recogniser_crop: UInt8[np.ndarray, "r r 3"]
-    embedding: Float32[np.ndarray, "E"]  # raw
+    embedding: Float32[np.ndarray, " E"]  # raw
 
     @property
     def row(self) -> Row:

@@ -38,7 +38,7 @@ def _verify_person(faces: list[FoundFace], config: PipelineConfig) -> tuple[list
     return originals, rejected
 
 
-def similarity_to_person(embeddings: Float32[np.ndarray, "n E"], threshold: float) -> Float32[np.ndarray, "n"]:
+def similarity_to_person(embeddings: Float32[np.ndarray, "n E"], threshold: float) -> Float32[np.ndarray, " n"]:
     """Cosines to the person's mean face, the mean being over the face with most faces like it, and those.
 
     Two faces are alike from cosine `threshold` on. Photos of others, as long as they are fewer, do not move the mean.
@@ -51,7 +51,7 @@ def similarity_to_person(embeddings: Float32[np.ndarray, "n E"], threshold: floa
     return directions @ (mean / max(float(np.linalg.norm(mean)), 1e-12))
 
 
-def _count_alike(cosines: Float32[np.ndarray, "m n"], threshold: float) -> Int[np.ndarray, "m"]:
+def _count_alike(cosines: Float32[np.ndarray, "m n"], threshold: float) -> Int[np.ndarray, " m"]:
     return (cosines >= threshold).sum(axis=1)
 
 

@@ -80,7 +80,7 @@ def difference_hash(photo: Photo) -> int:
     return int.from_bytes(np.packbits(values[:, :-1] < values[:, 1:]).tobytes(), "big")
 
 
-def differing_bits(phash: int, others: UInt64[np.ndarray, "n"]) -> np.ndarray:
+def differing_bits(phash: int, others: UInt64[np.ndarray, " n"]) -> np.ndarray:
     """Hamming distances [n] of a hash to others."""
     return np.bitwise_count(np.uint64(phash) ^ others)
 

@@ -20,7 +20,7 @@ from infinite_id_jax.stable_diffusion.vae import AutoencoderKL
 from infinite_id_jax.weights.adapter import save_adapter
 from infinite_id_jax.weights.export import save_weights
 
-# SDXL's block structure with a hundredth of its widths.
+# SDXL's block structure with a tenth to a twentieth of its widths.
 UNET = UNetConfig(
     sample_size=16,
     block_out_channels=(32, 64, 64),

@@ -29,7 +29,7 @@ from infinite_id_jax.identity.scales import layer_scales
 from infinite_id_jax.identity.streams import Layout
 from infinite_id_jax.people import Identity, checked_people
 from infinite_id_jax.sampling import Controls, Program, TextCondition, sample_streams
-from infinite_id_jax.sharding import batch_sharding, gathered, make_mesh, parameter_sharding
+from infinite_id_jax.sharding import batch_sharding, compiler_options, gathered, make_mesh, parameter_sharding
 from infinite_id_jax.stable_diffusion.clip_vision import CLIPVisionModel, VisionOutput, preprocess, resize_and_crop
 from infinite_id_jax.stable_diffusion.low_rank import set_lora_scale
 from infinite_id_jax.stable_diffusion.quantized import checked_kind, quantize
@@ -92,8 +92,8 @@ class InfiniteIDPipeline:
         if adapter is not None:
             inject(base.unet, adapter)
         self._unet = nnx.split(base.unet)
-        self._sample = jax.jit(sample_streams, static_argnums=0, donate_argnames="noise")
-        self._reporter = _Reporter()
+        options: Any = {"static_argnums": 0, "donate_argnames": "noise", "compiler_options": compiler_options(mesh)}
+        self._sample, self._reporter = jax.jit(sample_streams, **options), _Reporter()
 
     @classmethod
     def from_pretrained(

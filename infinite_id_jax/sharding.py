@@ -107,6 +107,17 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractM
     )
 
 
+def compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
+    """What XLA is to be told beside a program that runs on a mesh.
+
+    On TPUs: not to break products of divided weights into steps around a ring, for which it would hold these weights
+    twice (docs/performance.md has what that takes).
+    """
+    if mesh is None or mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -103,5 +103,5 @@ def attributes(path: Path, drawn: pictures.Pictures) -> dict[str, float]:
     return found
 
 
-def _batched(call: Callable[[np.ndarray], jax.Array], images: np.ndarray) -> Float[np.ndarray, "n *rest"]:
+def _batched(call: Callable[[np.ndarray], jax.Array], images: np.ndarray) -> Float[np.ndarray, " n *rest"]:
     return np.concatenate([np.asarray(call(images[i : i + _BATCH])) for i in range(0, len(images), _BATCH)])

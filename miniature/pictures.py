@@ -58,7 +58,7 @@ class Pictures(NamedTuple):
 
     images: UInt8[np.ndarray, "n s s 3"]
     captions: list[str]
-    people: Int[np.ndarray, "n"]
+    people: Int[np.ndarray, " n"]
     labels: Int[np.ndarray, "n attributes"]
     keypoints: Float[np.ndarray, "n 5 2"]
 

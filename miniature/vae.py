@@ -91,6 +91,6 @@ def difference(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -
     return jnp.abs(error).mean() + edges + jnp.square(error).mean()
 
 
-def psnr(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
+def psnr(again: Float[Array, "B H W 3"], image: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
     """Of values in [-1, 1], in decibels."""
     return 10 * jnp.log10(4 / jnp.square(jnp.clip(again, -1, 1) - image).mean((1, 2, 3)))

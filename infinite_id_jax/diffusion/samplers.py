@@ -200,7 +200,7 @@ def _sigma_table(name: str, config: ScheduleConfig, t: _Table) -> Trajectory:
     return Trajectory(np.float64(1), steps)
 
 
-def _extrapolation(sigma: Float[np.ndarray, "points"]) -> Float[np.ndarray, "points-1"]:
+def _extrapolation(sigma: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points-1"]:
     """1 / (2 r_i) with r_i = h_{i-1} / h_i, the steps h of lambda = -log sigma.
 
     First order (0) are the first step, a last one to sigma = 0, where h is infinite, and below 15 steps any

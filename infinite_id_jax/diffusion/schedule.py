@@ -106,7 +106,7 @@ class ScheduleConfig:
         return cls(**known)
 
 
-def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, "T"]:
+def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, " T"]:
     """alpha_bar_t = prod_{s <= t} (1 - beta_s), falling within (0, 1), float64 (Ho et al. 2020, Sec. 2).
 
     Beta, 1 - beta and the product are rounded to float32 on the way, as diffusers' tables are:

@@ -32,8 +32,8 @@ class Estimate(NamedTuple):
 class Pairs(NamedTuple):
     """A value for each pair of pictures of one person, and whose it is: what `interval` takes."""
 
-    values: Float[np.ndarray, "p"]
-    identities: Shaped[np.ndarray, "p"]
+    values: Float[np.ndarray, " p"]
+    identities: Shaped[np.ndarray, " p"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Scores:
             listed = ", ".join(f"{name} {shape}" for name, shape in lengths.items())
             raise InputError(f"The columns of the scores are no table ({listed}): give a value for each picture.")
 
-    def where(self, rows: Shaped[np.ndarray, "n"]) -> "Scores":
+    def where(self, rows: Shaped[np.ndarray, " n"]) -> "Scores":
         """The rows that a mask [n] or indices name."""
         values = {name: column[rows] for name, column in self.values.items()}
         return Scores(self.method[rows], self.identity[rows], self.cluster[rows], values)
@@ -157,7 +157,7 @@ def verdict(estimate: Estimate, bound: float = 0.0) -> Verdict:
 # Faces.
 
 
-def impostor_bar(impostors: Float[np.ndarray, "p"]) -> float:
+def impostor_bar(impostors: Float[np.ndarray, " p"]) -> float:
     """The similarity that 95 % of the pairs of two different people stay below."""
     return float(np.nanpercentile(impostors, 95))
 
@@ -233,7 +233,7 @@ def trusted_diversity(
     return Pairs(values * cosine(embeddings[first], embeddings[second]), names)
 
 
-def _pairs_within(identities: np.ndarray) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]:
+def _pairs_within(identities: np.ndarray) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
     first, second = np.triu_indices(len(identities), k=1)
     same = identities[first] == identities[second]
     return first[same], second[same]
@@ -257,9 +257,9 @@ def kid(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
 
 def kid_interval(
     a: Float[np.ndarray, "n d"],
-    clusters_a: Shaped[np.ndarray, "n"],
+    clusters_a: Shaped[np.ndarray, " n"],
     b: Float[np.ndarray, "m d"],
-    clusters_b: Shaped[np.ndarray, "m"],
+    clusters_b: Shaped[np.ndarray, " m"],
 ) -> Estimate:
     """`kid` of two whole sets with the jackknife over clusters: each is left out of both sets in turn.
 

@@ -57,7 +57,7 @@ class ArcFace:
         """Cuts the five-point similarity crop, 112 px in both packs."""
         return similarity_crop(photo, face.keypoints, int(self._recogniser.input_size[0]))
 
-    def embed(self, crop: Crop) -> Float[np.ndarray, "d"]:
+    def embed(self, crop: Crop) -> Float[np.ndarray, " d"]:
         """Embeds a crop of `align`: 512 floats, not normalised."""
         return self._recogniser.get_feat(_to_bgr(crop)).ravel().astype(np.float32)
 

@@ -31,7 +31,7 @@ class ExtractedFace:
     clip_crop: Crop
     arcface_crop: Crop
     recogniser_crop: UInt8[np.ndarray, "r r 3"]  # of a side of its own
-    embedding: Float[np.ndarray, "d"]
+    embedding: Float[np.ndarray, " d"]
     recogniser: str = ""  # the backend's name, where one found it
 
 

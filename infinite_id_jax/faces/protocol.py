@@ -55,6 +55,6 @@ class FaceBackend(Protocol):
         """Cuts the upright square RGB crop that the recogniser was trained on."""
         ...
 
-    def embed(self, crop: Crop) -> Float[np.ndarray, "d"]:
+    def embed(self, crop: Crop) -> Float[np.ndarray, " d"]:
         """Turns the crop of `align` into the recogniser's raw, not normalised, float32 embedding."""
         ...

@@ -64,6 +64,6 @@ class CLIPTextModel(nnx.Module):
         return TextOutput(last_hidden_state, states.penultimate, pooled)
 
 
-def eos_position(input_ids: Int[Array, "B L"], eos_token_id: int) -> Int[Array, "B"]:
+def eos_position(input_ids: Int[Array, "B L"], eos_token_id: int) -> Int[Array, " B"]:
     """Position of each row's first EOS; a legacy configuration does not know its id, only that it is the highest."""
     return jnp.argmax(input_ids if eos_token_id == LEGACY_EOS else input_ids == eos_token_id, axis=-1)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infinite_id_jax.identity.config import AdapterConfig
+from infinite_id_jax.sharding import compiler_options
 from infinite_id_jax.training.flops import unet_flops
 from infinite_id_jax.training.objective import Batch, Frozen, Objective
 from infinite_id_jax.training.setup import abstract_state, state_maker
@@ -35,11 +36,11 @@ class TrainProgram:
         self._objective, self._frozen, self._mesh = objective, frozen, mesh
         self._key = jax.random.key(seed)
         self._flops: dict[tuple[int, int], float] = {}  # of one row, by size
-        places = jax.tree.map(lambda x: x.sharding, self.abstract)
+        places, options = jax.tree.map(lambda x: x.sharding, self.abstract), compiler_options(mesh)
         self._make = jax.jit(make, out_shardings=places)
         step = partial(train_step, objective, optimizer, places.adapter)
-        self._step = jax.jit(step, donate_argnames="state", out_shardings=(places, None))
-        self._validate = jax.jit(partial(validation_step, objective))
+        self._step = jax.jit(step, donate_argnames="state", out_shardings=(places, None), compiler_options=options)
+        self._validate = jax.jit(partial(validation_step, objective), compiler_options=options)
 
     def first(self) -> TrainState:
         """The state before the first step, made where it is to live."""
