@@ -49,7 +49,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Compiled(NamedTuple):
-    """A program, its FLOPs over all chips, and the seconds its compilation took."""
+    """A program, the FLOPs of one of its chips, and the seconds its compilation took."""
 
     program: Any
     flops: float
@@ -124,7 +124,6 @@ def compile_training(platform: str, mesh: Any, size: str, rows: int, resolution:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from configs.infinite_id_sdxl import config
-    from infinite_id_jax.training.flops import count_flops
     from infinite_id_jax.training.objective import MethodConfig
     from infinite_id_jax.training.setup import abstract_inputs
     from infinite_id_jax.training.step import train_step
@@ -142,7 +141,7 @@ def compile_training(platform: str, mesh: Any, size: str, rows: int, resolution:
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     step = partial(train_step, objective, config.optimizer, places.adapter)
     lower = partial(jax.jit(step, donate_argnums=1, out_shardings=(places, None)).lower, frozen, state, batch, key)
-    return _compiled(platform, mesh, lower, count_flops(step, frozen, state, batch, key))
+    return _compiled(platform, mesh, lower, step, frozen, state, batch, key)
 
 
 def compile_sampling(platform: str, mesh: Any, size: str, prompts: int, resolution: int) -> Compiled:
@@ -161,7 +160,6 @@ def compile_sampling(platform: str, mesh: Any, size: str, prompts: int, resoluti
     from infinite_id_jax.sharding import batch_sharding
     from infinite_id_jax.stable_diffusion.config import VAEConfig
     from infinite_id_jax.stable_diffusion.unet import UNet2DConditionModel
-    from infinite_id_jax.training.flops import count_flops
     from infinite_id_jax.training.setup import CLIP_TOKENS, base_sharding
     from infinite_id_jax.weights.load import abstract, described
 
@@ -192,21 +190,27 @@ def compile_sampling(platform: str, mesh: Any, size: str, prompts: int, resoluti
         "controls": Controls(number(), number(), number(blocks), number()),
         "trajectory": trajectory("ddim", ScheduleConfig(), 1),
     }
-    flops = count_flops(lambda s, i: sample_streams(program, s, **i), state, inputs)
     sample = jax.jit(sample_streams, static_argnums=0, donate_argnames="noise")
-    return _compiled(platform, mesh, partial(sample.lower, program, state, **inputs), flops)
+    lower = partial(sample.lower, program, state, **inputs)
+    return _compiled(platform, mesh, lower, lambda s, i: sample_streams(program, s, **i), state, inputs)
 
 
 def _sharded(mesh: Any) -> bool:
     return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
 
-def _compiled(platform: str, mesh: Any, lower: Callable[[], Any], flops: float) -> Compiled:
+def _compiled(
+    platform: str, mesh: Any, lower: Callable[[], Any], function: Callable[..., Any], *arguments: Any
+) -> Compiled:
+    """FLOPs are those of `function`; chips of the tensor axis divide its products, and each convolves all channels."""
     import jax
 
     from infinite_id_jax.sharding import compiler_options
     from infinite_id_jax.stable_diffusion.kernels import compiling_for
+    from infinite_id_jax.training.flops import count_flops
 
+    total, convolved = count_flops(function, *arguments), count_flops(function, *arguments, products=False)
+    flops = (total + (mesh.shape["tensor"] - 1) * convolved) / mesh.size
     options = _OPTIONS[platform] | (compiler_options(mesh) or {})
     start = time.perf_counter()
     with compiling_for("gpu" if platform == "cuda" else platform), jax.set_mesh(mesh):

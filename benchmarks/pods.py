@@ -9,7 +9,8 @@ save memory. Times are predictions: products at `EFFICIENCY` of the vendor's pea
 "overlapped" is the longer of the two, "in turn" their sum. TPUs need `pip install libtpu`, GPUs the extra cuda; nothing
 is run on them.
 
-train: the step of configs/infinite_id_sdxl.py. sample: one guided step of two streams with one identity a prompt.
+train: the step of configs/infinite_id_sdxl.py. sample: one guided step of two streams with one identity a prompt, of
+which an image takes `SAMPLING_STEPS`; its text and its decoding are left out.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +30,18 @@ from infinite_id_jax.errors import InputError, MissingExtraError
 from infinite_id_jax.files import replacing, save_json
 
 EFFICIENCY = 0.5  # of the peak, that products are taken to reach
+SAMPLING_STEPS = 30
 PROGRAMS = ("train", "sample")
 _ASKED = ("name", "program", "layout", "size", "rows", "resolution", "remat")
-_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "f64": 8, "s64": 8}
+_BYTES = {
+    **{"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "token": 0},
+    **{"f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8},
+}
 _COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
     r"(?P<start>-start)?\("
 )
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 
 
 class Target(NamedTuple):
@@ -45,7 +52,7 @@ class Target(NamedTuple):
     chips: int
     memory_gb: float  # GiB of a chip
     peak_tflops: float  # bfloat16, dense
-    link_gb_s: float  # that a chip sends to others: TPUs over all of their links, GPUs over the slowest of a ring's
+    link_gb_s: float  # that a chip sends to others, by the links that rings through all chips can take
 
     @property
     def memory_bytes(self) -> float:
@@ -53,14 +60,16 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    # cloud.google.com/tpu/docs: system architecture of each generation.
-    "v5e-16": Target("tpu", "v5e:4x4", 16, 16, 197, 200),
+    # cloud.google.com/tpu/docs: system architecture of each generation; a chip sends at half of its bidirectional rate.
+    # 4 x 4 chips are no torus: those in the corners have two of four links.
+    "v5e-16": Target("tpu", "v5e:4x4", 16, 16, 197, 200 / 2),
     "v5e-256": Target("tpu", "v5e:16x16", 256, 16, 197, 200),
     "v5p-64": Target("tpu", "v5p:4x4x4", 64, 95, 459, 600),
-    "v6e-16": Target("tpu", "v6e:4x4", 16, 32, 918, 448),
-    # NVIDIA's data sheets of H100 SXM (NVLink) and of DGX H100 (a ConnectX-7 of 400 Gb/s a GPU between machines).
+    "v6e-16": Target("tpu", "v6e:4x4", 16, 32, 918, 400 / 2),
+    # NVIDIA's data sheets of H100 SXM (NVLink) and of DGX H100: a ConnectX-7 of 400 Gb/s a GPU between machines, and
+    # through each a ring of its own may leave.
     "h100-8": Target("cuda", "1x1x8", 8, 79.1, 989, 450),
-    "h100-64": Target("cuda", "1x8x8", 64, 79.1, 989, 50),
+    "h100-64": Target("cuda", "1x8x8", 64, 79.1, 989, 8 * 50),
 }
 
 
@@ -75,12 +84,17 @@ def traffic(text: str, chips: int) -> Traffic:
     """What the collectives of a compiled program send, by the rings that bandwidth-optimal algorithms take.
 
     All-gather and reduce-scatter send (n - 1) / n of the whole array, all-reduce twice that; n is the group's size.
+    libtpu's all-reduce-scatter is a reduce-scatter, though its text is that of an all-reduce and a slice.
     """
-    counts, total = Counter[str](), 0.0
+    counts, total, within = Counter[str](), 0.0, ""
     for line in text.splitlines():
+        if header := _COMPUTATION.search(line):
+            within = header["name"]
         if match := _COLLECTIVE.search(line):
             kind, n = match["kind"], _group(line, chips)
             size = _size(match["result"]) * (_share_of_results(kind, n) if match["start"] else 1)
+            if kind == "all-reduce" and within.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size / n
             counts[kind] += 1
             ring = (n - 1) / n
             total += {
@@ -100,8 +114,8 @@ def _share_of_results(kind: str, n: int) -> float:
 
 def _size(result: str) -> int:
     """Bytes of all arrays of an instruction's result."""
-    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-    return sum(_BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays)
+    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", result)
+    return sum(_BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays)
 
 
 def _group(line: str, chips: int) -> int:
@@ -119,43 +133,46 @@ def _group(line: str, chips: int) -> int:
 def measure(
     name: str, kind: str, layout: str, size: str, rows: float, resolution: int, remat: str | None
 ) -> dict[str, Any]:
-    """One row of the table; `rows` images, or prompts, a chip; `remat` None for sampling."""
+    """One row of the table; `rows` images, or prompts, a chip; `remat` None for sampling.
+
+    Of a program that the compiler says does not fit, `too_large` is what it says.
+    """
+    import jax
+
     target = TARGETS[name]
     mesh = make_mesh(target.platform, target.topology, target.chips, layout)
     images = max(1, round(rows * target.chips))
-    if kind == "train":
-        assert remat is not None
-        compiled = compile_training(target.platform, mesh, size, images, resolution, remat)
-    else:
-        compiled = compile_sampling(target.platform, mesh, size, images, resolution)
+    asked = dict(zip(_ASKED, (name, kind, layout, size, rows, resolution, remat), strict=True))
+    asked |= {"chips": target.chips, "images": images}
+    try:
+        if kind == "train":
+            assert remat is not None
+            compiled = compile_training(target.platform, mesh, size, images, resolution, remat)
+        else:
+            compiled = compile_sampling(target.platform, mesh, size, images, resolution)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return asked | {"too_large": str(error).partition("\n")[0]}
     sizes, sent = compiled.program.memory_analysis(), traffic(compiled.program.as_text(), target.chips)
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    held += sizes.generated_code_size_in_bytes
     used = held + sizes.temp_size_in_bytes
-    flops = compiled.flops / target.chips
-    computing = flops / (1e12 * target.peak_tflops * EFFICIENCY)
+    computing = compiled.flops / (1e12 * target.peak_tflops * EFFICIENCY)
     moving = sent.bytes_sent / (1e9 * target.link_gb_s)
     overlapped, in_turn = max(computing, moving), computing + moving
-    return {
-        "name": name,
-        "program": kind,
-        "layout": layout,
-        "size": size,
-        "chips": target.chips,
-        "images": images,
-        "rows": rows,
-        "resolution": resolution,
-        "remat": remat,
+    return asked | {
+        "steps": 1 if kind == "train" else SAMPLING_STEPS,
         "memory_bytes": used,
         "held_bytes": held,
         "memory_free_share": 1 - used / target.memory_bytes,
-        "tflop_per_chip": flops / 1e12,
+        "tflop_per_chip": compiled.flops / 1e12,
         "bytes_sent_per_chip": sent.bytes_sent,
         "collectives": sent.counts,
         "computing_s": computing,
         "moving_s": moving,
         "step_s_overlapped": overlapped,
         "step_s_in_turn": in_turn,
-        "images_per_s_in_turn": images / in_turn,
         "compile_s": compiled.seconds,
     }
 
@@ -166,15 +183,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
     lines = [f"{'':10}{'':8}{'layout':8}{'remat':8}{heads}  collectives"]
     for row in rows:
+        if "too_large" in row:
+            lines.append(
+                f"{row['name']:10}{row['program']:8}{row['layout']:8}{row['remat'] or '-':8}{row['too_large']}"
+            )
+            continue
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives"].items()))
         step = f"{row['step_s_overlapped']:.2f} to {row['step_s_in_turn']:.2f}"
         lines.append(
             f"{row['name']:10}{row['program']:8}{row['layout']:8}{row['remat'] or '-':8}"
             f"{row['memory_bytes'] / 2**30:9.2f}{row['memory_free_share']:6.0%}"
             f"{row['tflop_per_chip']:12.1f}{row['bytes_sent_per_chip'] / 1e9:9.2f}{step:>15}"
-            f"{row['images_per_s_in_turn']:10.1f}  {counts}"
+            f"{images_per_second(row, 'in_turn'):10.1f}  {counts}"
         )
     return "\n".join(lines)
+
+
+def images_per_second(row: dict[str, Any], kind: str) -> float:
+    """Of "overlapped" or "in_turn"."""
+    return row["images"] / row["steps"] / row[f"step_s_{kind}"]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -188,13 +215,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         raise MissingExtraError("--plot", "evaluate") from None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     speed, memory = figure.subplots(1, 2)
+    rows = [row for row in rows if "too_large" not in row]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["chips"]):
         family = row["name"].split("-")[0]
         lines.setdefault(f"{family} {row['program']} {row['layout']}", []).append(row)
     for label, line in lines.items():
         chips = [row["chips"] for row in line]
-        slow, fast = ([row["images"] / row[key] for row in line] for key in ("step_s_in_turn", "step_s_overlapped"))
+        slow, fast = ([images_per_second(row, kind) for row in line] for kind in ("in_turn", "overlapped"))
         middle = [(a + b) / 2 for a, b in zip(slow, fast, strict=True)]
         ranges = [
             [m - a for m, a in zip(middle, slow, strict=True)],
@@ -246,8 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
         for platform in sorted({TARGETS[each[0]].platform for each in todo}):
             find_compiler(platform)
         for each in todo:
+            start = time.perf_counter()
             rows.append(measure(*each))
-            print(f"{', '.join(each[:3])}: compiled in {rows[-1]['compile_s']:.0f} s", file=sys.stderr)
+            print(f"{', '.join(each[:3])}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
             if given.json:
                 save_json({"efficiency": EFFICIENCY, "rows": rows}, given.json)
         print(table(rows))

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -293,19 +294,54 @@ def test_traffic_is_read_off_a_compiled_program():
         "%i = ((bf16[1024,8]), bf16[256,8]) reduce-scatter-start(%x), "
         "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add": 3 / 4 * 16384,
         "%f = f32[4096]{0} fusion(%a), calls=%all-gather-like": 0,
+        "%j = f8e4m3fn[4096]{0} all-to-all(%x), replica_groups=[2,4]<=[8]": 3 / 4 * 4096,
     }
     for line, expected in lines.items():
         assert pods.traffic(line, 8).bytes_sent == pytest.approx(expected)
     total = pods.traffic("\n".join(lines), 8)
     assert total.bytes_sent == pytest.approx(sum(lines.values()))
-    assert total.counts == {"all-gather": 3, "reduce-scatter": 2, "all-reduce": 2, "collective-permute": 1}
+    assert total.counts == {
+        "all-gather": 3,
+        "reduce-scatter": 2,
+        "all-reduce": 2,
+        "collective-permute": 1,
+        "all-to-all": 1,
+    }
+
+
+def test_an_all_reduce_of_which_each_chip_keeps_its_part_is_a_reduce_scatter():
+    """As libtpu writes it: a fusion of its own kind."""
+    text = """
+%all-reduce-scatter.3 (param_0.1: f32[1024,8]) -> f32[128,8] {
+  %all-reduce.7 = f32[1024,8]{1,0} all-reduce(%param_0.1), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+
+ENTRY %main.9 (param: f32[1024,8]) -> f32[128,8] {
+  %fusion.2 = f32[128,8]{1,0} fusion(%param), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+    assert pods.traffic(text, 8) == (7 / 8 * 32768, {"reduce-scatter": 1})
+
+
+def test_a_pod_too_small_is_a_row_that_says_so(monkeypatch, tmp_path, capsys):
+    def full(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20G of 16G hbm.\nLargest buffers: ...")
+
+    monkeypatch.setattr(pods, "find_compiler", lambda platform: None)
+    monkeypatch.setattr(pods, "make_mesh", lambda *_: None)
+    monkeypatch.setattr(pods, "compile_training", full)
+    options = ["--target", "v5e-16", "--layout", "fsdp", "--json", str(tmp_path / "pods.json")]
+    assert pods.main([*options, "--plot", str(tmp_path / "pods.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("blocks  RESOURCE_EXHAUSTED: 20G of 16G hbm.")
+    (row,) = json.loads((tmp_path / "pods.json").read_text())["rows"]
+    assert row["chips"] == 16
 
 
 def test_pods_that_a_file_knows_are_not_compiled_again(tmp_path, capsys):
     """Nor is a compiler of theirs asked for, which this machine need not have."""
     row = {"program": "train", "layout": "fsdp", "size": "full", "rows": 4.0, "resolution": 1024, "remat": "blocks"}
     row |= {"memory_bytes": 3 * 2**30, "held_bytes": 2**30, "memory_free_share": 0.8, "tflop_per_chip": 79.0}
-    row |= {"bytes_sent_per_chip": 1e10, "collectives": {"all-gather": 388}, "images_per_s_in_turn": 80.0}
+    row |= {"bytes_sent_per_chip": 1e10, "collectives": {"all-gather": 388}, "steps": 1}
     row |= {"step_s_overlapped": 0.7, "step_s_in_turn": 0.8}
     rows = [row | {"name": f"v5e-{chips}", "chips": chips, "images": 4 * chips} for chips in (16, 256)]
     file, picture = tmp_path / "pods.json", tmp_path / "pods.png"
@@ -314,7 +350,7 @@ def test_pods_that_a_file_knows_are_not_compiled_again(tmp_path, capsys):
     assert pods.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [[f"v5e-{n}", "train", "fsdp"] for n in (16, 256)]
-    assert "0.70 to 0.80" in lines[1]
+    assert "0.70 to 0.80      80.0" in lines[1]
     with Image.open(picture) as image:
         assert image.size[0] > 1000
 
