@@ -207,15 +207,17 @@ def images_per_second(row: dict[str, Any], kind: str) -> float:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Images a second over chips, from bytes after products to bytes beside them, and what of a chip's memory is taken.
 
-    Raises MissingExtraError without matplotlib.
+    Raises MissingExtraError without matplotlib, InputError where no program fits its chips.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("--plot", "evaluate") from None
+    rows = [row for row in rows if "too_large" not in row]
+    if not rows:
+        raise InputError("There is nothing to plot: no program fits its chips.")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     speed, memory = figure.subplots(1, 2)
-    rows = [row for row in rows if "too_large" not in row]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["chips"]):
         family = row["name"].split("-")[0]
@@ -230,7 +232,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ]
         speed.errorbar(chips, middle, yerr=ranges, marker="o", capsize=4, label=label)
     speed.set(xscale="log", yscale="log", xlabel="chips", ylabel="images/s, predicted")
-    speed.legend(fontsize=8)
     names = [f"{row['name']} {row['program']} {row['layout']}" for row in rows]
     for key, shade, label in (("memory_bytes", "tab:orange", "between"), ("held_bytes", "tab:blue", "held")):
         sizes = [row[key] / 2**30 for row in rows]
@@ -239,6 +240,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     memory.scatter(limits, names, marker="|", s=120, color="black", label="a chip's")
     memory.set(xscale="log", xlabel="GiB a chip")
     memory.invert_yaxis()
+    speed.legend(fontsize=8)
     memory.legend(fontsize=8)
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=110)

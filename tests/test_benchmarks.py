@@ -331,8 +331,10 @@ def test_a_pod_too_small_is_a_row_that_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pods, "make_mesh", lambda *_: None)
     monkeypatch.setattr(pods, "compile_training", full)
     options = ["--target", "v5e-16", "--layout", "fsdp", "--json", str(tmp_path / "pods.json")]
-    assert pods.main([*options, "--plot", str(tmp_path / "pods.png")]) == 0
+    assert pods.main(options) == 0
     assert capsys.readouterr().out.splitlines()[1].endswith("blocks  RESOURCE_EXHAUSTED: 20G of 16G hbm.")
+    assert pods.main([*options, "--plot", str(tmp_path / "pods.png")]) == 2
+    assert "There is nothing to plot" in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "pods.json").read_text())["rows"]
     assert row["chips"] == 16
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import venv
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
 from diffusers import EulerDiscreteScheduler
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -41,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo.utils
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 torch.set_num_threads(1)
@@ -140,8 +143,10 @@ def runtime():
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "infinite_id_diffusers", module)  # torch.compile looks it up
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +234,22 @@ def test_more_switches_equal_those_of_the_reference(theirs, two, noise, oracle, 
     assert (text is None) == (out.text_stream_latents is None)
     if text is not None:
         assert error(out.text_stream_latents, text) <= 1e-5
+
+
+def test_compiled_the_unet_is_one_program_for_all_steps(theirs, two, noise):
+    """And another for the steps without mixed attention; torch.compile gives up where each step is another."""
+    torch._dynamo.reset()
+    programs = torch._dynamo.utils.counters["stats"]
+    theirs.unet.compile(backend="eager", fullgraph=True)
+    try:
+        for step_range, made in (((0, None), 1), ((0, None), 0), ((2, 4), 1)):
+            before = programs["unique_graphs"]
+            options = {"latents": nchw(noise), "steps": 6, "output": "latent", "step_range": step_range}
+            theirs.sample(PROMPTS, two, **options)
+            assert programs["unique_graphs"] - before == made, step_range
+    finally:
+        theirs.unet._compiled_call_impl = None
+        torch._dynamo.reset()
 
 
 def test_the_pipeline_stays_plain_sdxl(runtime, theirs, two, tiny, noise):

@@ -214,7 +214,7 @@ class Rows:
     prompts: int
     people: int
     texts: int  # text rows of a half: one a prompt; with a shared text stream one an identity row; in one stream none
-    step: int = 0  # the sampler's, now
+    mixed: bool  # whether the sampler's step is in step_range; a number would be another program at each step
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, ...] -> text rows [halves, T, ...], and identity rows beside theirs [halves, T, rows of each, ...]."""
@@ -244,9 +244,11 @@ def merge_style(name: str, x: Tensor, y: Tensor) -> Tensor:
     if name == "none":
         return x
     x32, y32 = x.float(), y.float()
-    var_x, var_y = (z.var(-2, keepdim=True) + 1e-5 for z in (x32, y32))
-    scale = (var_y / var_x).sqrt() if name == "adain" else 1.0
-    return ((x32 - x32.mean(-2, keepdim=True)) * scale + y32.mean(-2, keepdim=True)).to(x.dtype)
+    centred = x32 - x32.mean(-2, keepdim=True)
+    if name == "adain":
+        var_x, var_y = (z.var(-2, keepdim=True) + 1e-5 for z in (x32, y32))
+        centred = centred * (var_y / var_x).sqrt()
+    return (centred + y32.mean(-2, keepdim=True)).to(x.dtype)
 
 
 def draw(shape: tuple[int, ...], seed: Any) -> Tensor:
@@ -289,8 +291,8 @@ class IdentityAttention:
 
     def _self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Identity rows attend to themselves and to their text row (Eq. 5), text rows to themselves."""
-        s, (first, end) = self.switches, self.switches.step_range
-        if not self.mixes or not first <= self.rows.step < (math.inf if end is None else end):
+        s = self.switches
+        if not self.mixes or not self.rows.mixed:
             return attend(q, k, v)
         (q_t, q_id), (k_t, k_id), (v_t, v_id) = (self.rows.split(x) for x in (q, k, v))
         texts = attend(q_t, k_t, v_t)
@@ -418,13 +420,15 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; {list(shape)} is needed.")
         copies = 0 if s.streams == "one" else len(people) if s.text_stream == "shared" else 1
-        rows, ended = Rows(2 if guidance_scale > 1 else 1, len(prompts), len(people), len(prompts) * copies), []
+        mixed, ended = range(10**6)[slice(*s.step_range)], []  # the steps in which `attention` applies
+        halves = 2 if guidance_scale > 1 else 1
+        rows = Rows(halves, len(prompts), len(people), len(prompts) * copies, 0 in mixed)
 
         def after_step(_: Any, step: int, t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-            rows.step, x = step + 1, values["latents"]
+            rows.mixed, x = step + 1 in mixed, values["latents"]
             x = torch.cat([x[rows.texts :]] * 2) if s.text_stream == "shared" else x
             ended[:] = [x]
-            return {"latents": x[rows.texts :] if rows.step == self.num_timesteps else x}  # text is not decoded
+            return {"latents": x[rows.texts :] if step + 1 == self.num_timesteps else x}  # text is not decoded
 
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         words: Any = (prompts, None, self._execution_device, 1, rows.halves == 2, negative_prompt)
