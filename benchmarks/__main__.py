@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".weights_", dir=folder) as weights:
             for name in given.names or NAMES:
-                if (folder / f"{name}.json").exists():
+                if is_whole(folder / f"{name}.json"):
                     continue
                 print(f"== {name}", file=sys.stderr)
                 options = ("--device", given.device, "--size", given.size, "--repeats", str(given.repeats))
@@ -65,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def is_whole(file: Path) -> bool:
+    """Whether all rows of a benchmark are there."""
+    return file.exists() and json.loads(file.read_text())["complete"]
+
+
 def markdown(name: str, report: dict[str, Any]) -> str:
     """The table of one benchmark's report."""
 
@@ -80,6 +85,9 @@ def markdown(name: str, report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | {row['failed']} |")
+            continue
         cells = (
             row["name"],
             f"{row['ours_s']:.4g} s",

@@ -1,16 +1,19 @@
 """The frame of the benchmarks that have a peer: both sides in one process, turn by turn, on the same weights.
 
-Each prints a table and writes JSON: rows of {"name", "ours_s", "peer_s", "ratio", "tflops", "peak_bytes", ...} with
-ratio = ours / peer, medians over repeats that take turns.
+Each prints a table and writes JSON after every row: {"name", "ours_s", "peer_s", "ratio", "tflops", "peak_bytes", ...}
+with ratio = ours / peer, medians over repeats that take turns. A row that fails says so, and the others go on.
 """
 
 import argparse
+import gc
+import math
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib import metadata
@@ -19,12 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from infinite_id_jax.command_line import keep_compiled
 from infinite_id_jax.errors import InputError, MissingExtraError
 from infinite_id_jax.files import save_json
 
 # jax and torch are imported where they are used: --device decides first what JAX may see.
 
 SIZES = ("tiny", "small", "full")
+_LEAST = 0.02  # seconds for which a side is timed: shorter calls are repeated, or launching them would be what is timed
 
 
 class Run(NamedTuple):
@@ -34,6 +39,7 @@ class Run(NamedTuple):
     size: str  # one of SIZES
     folder: Path  # for weights; those that lie there already are taken
     compile_peer: bool
+    peer_mode: str = "default"  # of torch.compile
 
     @property
     def dtype(self) -> str:
@@ -68,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="torch.compile the peer's U-Net and decoder (default: on a GPU)",
     )
+    parser.add_argument("--peer-mode", metavar="MODE", help="of torch.compile (default: max-autotune on a GPU)")
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="then trace a call of ours of each row into it")
 
 
 def main(
@@ -83,50 +91,95 @@ def main(
     keep = given.keep_weights
     try:
         with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
-            compiled = given.device == "gpu" if given.compile_peer is None else given.compile_peer
-            run = Run(given.device, given.size, Path(folder), compiled)
-            report = measure(run, cases, given.repeats)
+            on_gpu = given.device == "gpu"
+            compiled = on_gpu if given.compile_peer is None else given.compile_peer
+            mode = given.peer_mode or ("max-autotune" if on_gpu else "default")
+            run = Run(given.device, given.size, Path(folder), compiled, mode)
+            save = (lambda report: save_json(report, given.json)) if given.json else None
+            report = measure(run, cases, given.repeats, save, given.trace)
     except InputError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     print(f"{summary}\n{table(report)}")
-    if given.json:
-        save_json(report, given.json)
-    return 0
+    return 0 if report["complete"] else 1
 
 
-def measure(run: Run, cases: Callable[[Run], Iterator[Case]], repeats: int) -> dict[str, Any]:
-    """All rows, the measured ceiling, and what it ran on. Raises InputError where the device is missing."""
+def measure(
+    run: Run,
+    cases: Callable[[Run], Iterator[Case]],
+    repeats: int,
+    save: Callable[[dict[str, Any]], None] | None = None,
+    trace: Path | None = None,
+) -> dict[str, Any]:
+    """All rows, the measured ceiling, and what it ran on; `save` gets what there is after each row.
+
+    Raises InputError where the device is missing.
+    """
     surroundings = {"load_average": os.getloadavg()[0]}  # before ours
     take_device(run.device)
+    keep_compiled(run.folder / "compiled")
     ceiling = matmul_ceiling(run)
-    rows = []
-    for case in cases(run):
-        if run.compile_peer:
-            forget_compiled()
-        rows.append(measure_case(case, repeats, ceiling))
-        print(f"{case.name}: {rows[-1]['ours_s']:.4g} s", file=sys.stderr)
-    return {
+    rows: list[dict[str, Any]] = []
+    report = {
         "device": describe_device(run.device),
         "size": run.size,
         "dtype": run.dtype,
-        "peer_compiled": run.compile_peer,
+        "peer_compiled": run.peer_mode if run.compile_peer else None,
         "ceiling_tflops": ceiling / 1e12,
         "machine": surroundings | machine(),
+        "complete": False,
         "rows": rows,
     }
+    found = cases(run)
+    while (row := _next_row(run, found, repeats, ceiling, trace)) is not None:
+        rows.append(row)
+        print(f"{row['name']}: {row.get('failed') or format(row['ours_s'], '.4g') + ' s'}", file=sys.stderr)
+        if save:
+            save(report)
+    report["complete"] = not any("failed" in row for row in rows)
+    if save:
+        save(report)
+    return report
 
 
-def measure_case(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
-    """Both warmed up and compared, then timed in turns, each until its device is done."""
-    results = [on_host(side()) for side in (case.ours, case.peer)]
+def _next_row(
+    run: Run, found: Iterator[Case], repeats: int, ceiling: float, trace: Path | None
+) -> dict[str, Any] | None:
+    """None where there is no other; nothing of a case is held behind it."""
+    forget(run)
+    case = None
+    try:
+        case = next(found, None)
+        if case is None:
+            return None
+        row = measure_case(case, repeats, ceiling, queued=run.device == "gpu")
+        if trace:
+            import jax
+
+            with jax.profiler.trace(str(trace / case.name.replace(" ", "_"))):
+                wait(case.ours())
+        return row
+    except InputError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return {"name": case.name if case else "the next", "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def measure_case(case: Case, repeats: int, ceiling: float, *, queued: bool = False) -> dict[str, Any]:
+    """Both warmed up and compared, then timed in turns, each until its device is done.
+
+    queued: short calls wait in the device's queue, so that it is the device that is timed.
+    """
+    sides = (case.ours, case.peer)
+    results = [on_host(side()) for side in sides]
     error = relative_error(*results) if case.comparable else None
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for side, taken in zip((case.ours, case.peer), seconds, strict=True):
-            start = time.perf_counter()
-            wait(side())
-            taken.append(time.perf_counter() - start)
+    first = [_timed(side, 1, queued) for side in sides]
+    calls = math.ceil(_LEAST / min(first))
+    seconds = tuple([taken] if calls == 1 else [] for taken in first)
+    while len(seconds[0]) < repeats:
+        for side, taken in zip(sides, seconds, strict=True):
+            taken.append(_timed(side, calls, queued))
     ours, peer = (statistics.median(taken) for taken in seconds)
     speed = None if case.flops is None else case.flops / ours
     return {
@@ -141,6 +194,18 @@ def measure_case(case: Case, repeats: int, ceiling: float) -> dict[str, Any]:
         "ours_runs_s": seconds[0],
         "peer_runs_s": seconds[1],
     }
+
+
+def _timed(side: Callable[[], Any], calls: int, queued: bool) -> float:
+    """Seconds of one call."""
+    time.sleep(_LEAST)  # PyTorch's threads wait for more work in a loop, and would take a core from who comes next
+    start, result = time.perf_counter(), None
+    for _ in range(calls):
+        result = side()
+        if not queued:
+            wait(result)
+    wait(result)
+    return (time.perf_counter() - start) / calls
 
 
 def wait(result: Any) -> None:
@@ -163,11 +228,17 @@ def on_host(result: Any) -> np.ndarray:
     return first.float().cpu().numpy() if isinstance(first, torch.Tensor) else np.asarray(first, np.float32)
 
 
-def forget_compiled() -> None:
-    """What torch.compile made: a second shape in one process would get a program for all shapes, which is slower."""
-    import torch._dynamo
+def forget(run: Run) -> None:
+    """What the last case left. A second shape would get a program of torch.compile for all shapes, which is slower."""
+    import torch
 
-    torch._dynamo.reset()
+    gc.collect()
+    if run.device == "gpu":
+        torch.cuda.empty_cache()
+    if run.compile_peer:
+        import torch._dynamo
+
+        torch._dynamo.reset()
 
 
 def relative_error(ours: np.ndarray, peer: np.ndarray) -> float:
@@ -189,6 +260,7 @@ def take_device(device: str) -> None:
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         return
+    torch.backends.cudnn.benchmark = True  # XLA tries several forms of a convolution too
     for name, seen, extra in (
         ("JAX", jax.default_backend() == "gpu", "install the extra cuda"),
         ("PyTorch", torch.cuda.is_available(), "install its CUDA build"),
@@ -231,8 +303,18 @@ def describe_device(device: str) -> str:
 
 
 def machine() -> dict[str, Any]:
+    import jax
+    import torch
+
     packages = ("jax", "jaxlib", "flax", "torch", "diffusers")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "xla": jax.devices()[0].client.platform_version,
+        "torch_cuda": torch.version.cuda,
+        "torch_cudnn": torch.backends.cudnn.version(),
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -242,6 +324,9 @@ def table(report: dict[str, Any]) -> str:
     head = f"{'':52}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'TFLOP/s':>10}{'of peak':>9}{'GB':>8}{'error':>10}"
     lines = [f"{report['device']}, size {report['size']}, {report['dtype']}", head]
     for row in report["rows"]:
+        if "failed" in row:
+            lines.append(f"{row['name']:52}{row['failed']}")
+            continue
         lines.append(
             f"{row['name']:52}{row['ours_s']:10.4g}{row['peer_s']:10.4g}{row['ratio']:8.2f}"
             f"{number(row['tflops'], '.3g'):>10}{number(row['ceiling_share'], '.0%'):>9}"

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.compare import Run
+from benchmarks.compare import Run, take_device
+from benchmarks.meter import in_fresh_process
 from infinite_id_jax.stable_diffusion.config import UNetConfig, VAEConfig
 from infinite_id_jax.weights.settings import SDXL, Settings
 
@@ -79,6 +80,15 @@ SIZES = {
 
 def write(run: Run) -> Path:
     """A folder with `model` and `adapter`, made unless it is whole already."""
+    folder = run.folder / f"{run.size}-{run.dtype}"
+    if not (folder / "adapter" / "adapter.safetensors").exists():
+        # JAX gives a GPU's memory back to nobody but the system.
+        in_fresh_process(_make, run, folder) if run.device == "gpu" else _make(run, folder)
+    return folder
+
+
+def _make(run: Run, folder: Path) -> None:
+    take_device("cpu")
     import jax
     from flax import nnx
 
@@ -92,15 +102,13 @@ def write(run: Run) -> Path:
     from infinite_id_jax.weights.folder import StableDiffusionXL
     from infinite_id_jax.weights.save_base import save_base
 
-    size, folder = SIZES[run.size], run.folder / f"{run.size}-{run.dtype}"
+    size = SIZES[run.size]
     settings, rngs = size.settings, nnx.Rngs(0)
 
     def random(kind: Any, config: Any) -> Any:
         graph, state = nnx.split(kind(config, rngs=rngs))
         return nnx.merge(graph, jax.tree.map(lambda x: x.astype(run.dtype), state))
 
-    if (folder / "adapter" / "adapter.safetensors").exists():
-        return folder
     unet = random(UNet2DConditionModel, settings.unet)
     vae = random(AutoencoderKL, settings.vae)
     texts = tuple(random(CLIPTextModel, config) for config in settings.text)
@@ -110,7 +118,6 @@ def write(run: Run) -> Path:
     width = settings.unet.cross_attention_dim
     adapter = AdapterConfig(clip_dim=size.clip_dim, face_dim=FACE_DIM, cross_attention_dim=width)
     save_adapter(IdentityAdapter(adapter, unet, rngs=nnx.Rngs(1)), folder / "adapter")
-    return folder
 
 
 def ours(run: Run, **options: Any) -> Any:
@@ -121,10 +128,11 @@ def ours(run: Run, **options: Any) -> Any:
     return InfiniteIDPipeline.from_pretrained(folder / "model", folder / "adapter", **options)
 
 
-def peer(run: Run) -> Any:
+def peer(run: Run, *, training: bool = False) -> Any:
     """diffusers' pipeline with this package's PyTorch runtime: plain SDXL, and Infinite-ID by `sample`.
 
-    Its U-Net and its decoder are compiled where the run says so, with channels last on a GPU, where that is faster.
+    Its U-Net and its decoder are compiled where the run says so, with channels last on a GPU, where that is faster;
+    for training the U-Net alone.
     """
     import torch
 
@@ -140,9 +148,12 @@ def peer(run: Run) -> Any:
     if run.device == "gpu":
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
-    if run.compile_peer:
-        pipe.unet.compile()
-        pipe.vae.decoder.compile()
+    if run.compile_peer and training:
+        # A CUDA graph would hold the activations of a forward that is computed again.
+        pipe.unet.compile(mode="max-autotune-no-cudagraphs" if run.peer_mode == "max-autotune" else run.peer_mode)
+    elif run.compile_peer:
+        pipe.unet.compile(mode=run.peer_mode, fullgraph=True)
+        pipe.vae.decoder.compile(mode=run.peer_mode, fullgraph=True)
     return pipe
 
 

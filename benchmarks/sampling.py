@@ -17,36 +17,50 @@ from benchmarks import models
 from benchmarks.compare import Case, Run, main, program_bytes
 
 PEOPLE = (1, 4, 8)  # per prompt
+OPTIONS = {"guidance_scale": 5.0}
 
 
 def cases(run: Run) -> Iterator[Case]:
     """Text-to-image, then two streams with some identities per prompt."""
+    pipe, calls = our_calls(run)
+    for (name, call), peer in zip(calls.items(), peer_calls(run).values(), strict=True):
+        yield _case(pipe, name, call, peer)
+
+
+def our_calls(run: Run) -> tuple[Any, dict[str, Callable[[], Any]]]:
+    """The pipeline, and what is asked of it by name."""
     from infinite_id_jax.identity.features import FaceFeatures
 
-    ours, theirs = models.ours(run), models.peer(run)
-    steps, start = models.SIZES[run.size].steps, models.latents(run, 1)
-    shared = {"guidance_scale": 5.0}
-    features = models.features(run, max(PEOPLE))
-    people = [ours.encode_identity(FaceFeatures(**face)) for face in features]
-    peer_people = [theirs.encode_identity(**face) for face in features]
+    pipe, steps = models.ours(run), models.SIZES[run.size].steps
+    people = [pipe.encode_identity(FaceFeatures(**face)) for face in models.features(run, max(PEOPLE, default=0))]
+    call = partial(pipe, models.PROMPT, steps=steps, latents=models.latents(run, 1), output="latent", **OPTIONS)
+    two = {two_streams(count): partial(call, people[:count], style_merge="adain_mean") for count in PEOPLE}
+    return pipe, {f"text-to-image, {steps} steps": call, **two}
+
+
+def peer_calls(run: Run) -> dict[str, Callable[[], Any]]:
+    """The same of the peer, final latents."""
+    pipe, size, start = models.peer(run), models.SIZES[run.size], models.latents(run, 1)
+    people = [pipe.encode_identity(**face) for face in models.features(run, max(PEOPLE, default=0))]
 
     def plain() -> Any:
         with models.inference():
-            options = {"latents": models.to_torch(run, start), "num_inference_steps": steps, "output_type": "latent"}
-            options |= dict.fromkeys(("height", "width"), models.SIZES[run.size].resolution)
-            return models.from_torch(theirs(models.PROMPT, **options, **shared).images)
+            options = {"latents": models.to_torch(run, start), "num_inference_steps": size.steps}
+            options |= {"height": size.resolution, "width": size.resolution, "output_type": "latent"}
+            return models.from_torch(pipe(models.PROMPT, **options, **OPTIONS).images)
 
     def mixed(count: int) -> Any:
         with models.inference():
-            options = {"latents": models.to_torch(run, start), "steps": steps, "output": "latent"}
-            found = theirs.sample(models.PROMPT, peer_people[:count], style_merge="adain_mean", **options, **shared)
+            options = {"latents": models.to_torch(run, start), "steps": size.steps, "output": "latent"}
+            found = pipe.sample(models.PROMPT, people[:count], style_merge="adain_mean", **options, **OPTIONS)
             return models.from_torch(found.latents)
 
-    call = partial(ours, models.PROMPT, steps=steps, latents=start, output="latent", **shared)
-    yield _case(ours, f"text-to-image, {steps} steps", call, plain)
-    for count in PEOPLE:
-        two = partial(call, people[:count], style_merge="adain_mean")
-        yield _case(ours, f"two streams, {count} identities", two, partial(mixed, count))
+    return {f"text-to-image, {size.steps} steps": plain, **{two_streams(n): partial(mixed, n) for n in PEOPLE}}
+
+
+def two_streams(people: int) -> str:
+    """What the row is called."""
+    return f"two streams, {people} identities"
 
 
 def _case(pipe: Any, name: str, call: Any, peer: Any) -> Case:

@@ -26,10 +26,14 @@ def cases(run: Run) -> Iterator[Case]:
     """SDXL's size, and on a GPU half of it too."""
     resolution = models.SIZES[run.size].resolution
     for pixels in (resolution // 2, resolution) if run.size == "full" else (resolution,):
-        batch = make_batch(run, pixels)
-        step, flops, bytes_ = our_step(run, batch)
-        name = f"step, {ROWS[run.size]} x {pixels} px, remat {REMAT[run.size]}"
-        yield Case(name, step, peer_step(run, batch), flops, bytes_, comparable=False)
+        yield _case(run, pixels)
+
+
+def _case(run: Run, pixels: int) -> Case:
+    batch = make_batch(run, pixels)
+    step, flops, bytes_ = our_step(run, batch)
+    name = f"step, {ROWS[run.size]} x {pixels} px, remat {REMAT[run.size]}"
+    return Case(name, step, peer_step(run, batch), flops, bytes_, comparable=False)
 
 
 def make_batch(run: Run, pixels: int) -> dict[str, np.ndarray]:
@@ -110,7 +114,7 @@ def peer_step(run: Run, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
 
     from infinite_id_jax.weights.infinite_id_diffusers import SCHEDULE
 
-    pipe = models.peer(run)
+    pipe = models.peer(run, training=True)
     unet, adapter = pipe.unet.requires_grad_(False), pipe.adapter
     place = unet.device
     for key in adapter:
@@ -128,7 +132,7 @@ def peer_step(run: Run, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
         for module in unet.modules():
             if hasattr(module, "gradient_checkpointing") and not isinstance(module, Transformer2DModel):
                 module.gradient_checkpointing = False  # of resnets, which ours does not forget
-    adamw = torch.optim.AdamW([*adapter.values()], RATE, fused=run.device == "gpu")
+    adamw = torch.optim.AdamW([*adapter.values()], RATE, fused=True)
     options = {key: value for key, value in SCHEDULE.items() if key.startswith("beta")}
     scheduler: Any = DDPMScheduler(**options, num_train_timesteps=1000)
     on_device = {name: torch.from_numpy(x).to(place) for name, x in batch.items()}

@@ -17,6 +17,7 @@ from benchmarks import (
     cold_start,
     compare,
     kernels,
+    memory,
     models,
     pod_programs,
     pods,
@@ -161,6 +162,39 @@ def test_all_go_on_where_they_were_and_end_in_tables(tmp_path, monkeypatch):
     assert missing.returncode == 1
     assert "JAX sees no GPU" in missing.stderr
     assert "Failed, as said above: vae_decode." in missing.stderr
+
+
+def test_a_row_that_fails_is_named_and_what_was_measured_stays(tmp_path, capsys):
+    def cases(run):
+        yield compare.Case("good", lambda: np.ones(3), lambda: np.full(3, 2.0))
+        yield compare.Case("bad", lambda: np.ones(3), lambda: 1 // 0)
+        yield compare.Case("short", lambda: np.ones(3), lambda: np.ones(3))
+        raise RuntimeError("out of memory")
+
+    file = tmp_path / "out.json"
+    options = ["--size", "tiny", "--repeats", "3", "--keep-weights", str(tmp_path), "--json", str(file)]
+    assert compare.main("benchmarks.none", "", cases, options) == 1
+    report = json.loads(file.read_text())
+    good, bad, short, last = report["rows"]
+    assert len(good["ours_runs_s"]) == len(short["peer_runs_s"]) == 3
+    assert good["error"] == 0.5
+    assert bad == {"name": "bad", "failed": "ZeroDivisionError: integer division or modulo by zero"}
+    assert last == {"name": "the next", "failed": "RuntimeError: out of memory"}
+    assert not report["complete"]
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_memory_of_both_sides_is_read(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "PEOPLE", ())
+    monkeypatch.setattr(memory, "in_fresh_process", lambda function, *inputs: function(*inputs))  # as tested above
+    file = tmp_path / "out.json"
+    assert memory.main(["--size", "tiny", "--keep-weights", str(weights), "--json", str(file)]) == 0
+    rows, printed = json.loads(file.read_text())["rows"], capsys.readouterr().out
+    assert [row["name"] for row in rows] == ["text-to-image, 2 steps", memory.TRAINING]
+    for row in rows:
+        assert min(row["ours_bytes"], row["peer_bytes"]) > 100 * MEGABYTE
+        assert row["ratio"] == row["ours_bytes"] / row["peer_bytes"]
+        assert row["name"] in printed
 
 
 def test_every_shortcut_changes_the_picture(weights, tmp_path):

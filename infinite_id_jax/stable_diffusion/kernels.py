@@ -111,10 +111,10 @@ def _attend_by_rows(q: Array, k: Array, v: Array) -> Array:
     """Keys stand transposed in memory, so that every product reads rows; weights are computed again in the gradient."""
     keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, N, D, K], [B, N, K, D]
     queries = (q * q.shape[-1] ** -0.5).transpose(0, 2, 1, 3)  # [B, N, L, D]
-    length = queries.shape[2]
-    if length <= 2 * _ROWS:
+    length, most = queries.shape[2], _ROWS if platform() == "cpu" else max(_ROWS, _WEIGHTS // k.shape[1])
+    if length <= 2 * most:
         return _weigh(queries, keys, values).transpose(0, 2, 1, 3)
-    parts = -(-length // _ROWS)
+    parts = -(-length // most)
     rows = -(-length // parts)
     padded = jnp.pad(queries, ((0, 0), (0, 0), (0, parts * rows - length), (0, 0)))
     split = jnp.moveaxis(padded.reshape(*padded.shape[:2], parts, rows, -1), 2, 0)
