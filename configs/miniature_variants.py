@@ -80,6 +80,7 @@ _SHORTER = (
 )
 study = dataclasses.replace(
     defaults,
+    adapters={"full": defaults.adapters["full"]},
     world=world,
     identities=48,
     prompts=10,
