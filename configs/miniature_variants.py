@@ -32,6 +32,7 @@ _METRICS = {
     "prompted": ("the accuracy of prompted attributes", -0.05),
     "prompted_style": ("the accuracy of styles", -0.05),
 }
+_SHARED_3 = {"text_stream": "shared", "guidance_scale": 3.0}
 _SETTINGS = {
     "pooled_zeros": ("without the pooled text in the identity stream", {"pooled_text": "zeros"}),
     "shared": ("with both streams on the same latents", {"text_stream": "shared"}),
@@ -40,6 +41,8 @@ _SETTINGS = {
     "early_mixing": ("with mixed attention in the first half of the steps alone", {"step_range": (0, 6)}),
     "identity_0.7": ("with the identity weighted by 0.7", {"id_scale": 0.7}),
     "guidance_3": ("with a guidance of 3", {"guidance_scale": 3.0}),
+    "shared_3": ("with both streams on the same latents and a guidance of 3", _SHARED_3),
+    "shared_3_0.8": ("with these two and the identity weighted by 0.8", {**_SHARED_3, "id_scale": 0.8}),
 }
 _SHORTCUTS = {  # which are to lose little
     "guidance_first": ("with guidance in the first half of the steps alone", {"guidance_range": (0, 6)}),
@@ -70,6 +73,7 @@ def _ablations() -> Iterator[tuple[Method, tuple[Claim, ...]]]:
             )
 
 
+_FULL = Method("full", "Infinite-ID", "full", {}, _MEAN)
 _CHANGED = tuple(_method(name, *setting) for name, setting in _SETTINGS.items())
 _SHORTER = (
     *(_method(name, *setting) for name, setting in _SHORTCUTS.items()),
@@ -85,7 +89,7 @@ study = dataclasses.replace(
     identities=48,
     prompts=10,
     methods=(
-        Method("full", "Infinite-ID", "full", {}, _MEAN),
+        _FULL,
         *_CHANGED,
         *(method for method, _ in _ablations()),
         *_SHORTER,  # last, as other precisions are loaded for them
@@ -95,6 +99,16 @@ study = dataclasses.replace(
             Claim(f"{method.title[0].upper()}{method.title[1:]}, {called} is higher", metric, method.name, "full")
             for method in _CHANGED
             for metric, (called, _) in _METRICS.items()
+        ),
+        *(
+            Claim(
+                f"{method.title}: prompted attributes lose at most 5 points",
+                "prompted",
+                method.name,
+                "text_only",
+                -0.05,
+            )
+            for method in (_FULL, *_CHANGED)
         ),
         *(claim for _, claims in _ablations() for claim in claims),
         *(
