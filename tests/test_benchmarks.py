@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmarks.__main__
 from benchmarks import (
     cold_start,
     compare,
@@ -144,24 +145,24 @@ def test_both_sides_do_the_same_work(module, names, weights, tmp_path, monkeypat
             assert 0 < row["error"] <= 2e-5  # measured: 2.3e-6
 
 
-def test_all_go_on_where_they_were_and_end_in_tables(tmp_path, monkeypatch):
+def test_all_go_on_where_they_were_and_end_in_tables(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    options = ("--output-dir", str(tmp_path), "--size", "tiny", "--repeats", "1", "vae_decode")
-    done = run("benchmarks", *options)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    options = ["--output-dir", str(tmp_path), "--size", "tiny", "--repeats", "1", "vae_decode"]
+    assert benchmarks.__main__.main(options) == 0
     figures = tmp_path / "cpu-tiny" / "vae_decode.json"
     before = figures.stat().st_mtime_ns
     (row,) = json.loads(figures.read_text())["rows"]
     (tmp_path / "cpu-tiny" / "tables.md").unlink()
-    assert run("benchmarks", *options).returncode == 0
+    assert benchmarks.__main__.main(options) == 0
     assert figures.stat().st_mtime_ns == before
     assert f"| decode, 1 x 128 px | {row['ours_s']:.4g} s |" in (tmp_path / "cpu-tiny" / "tables.md").read_text()
     assert {path.name for path in figures.parent.iterdir()} == {"vae_decode.json", "tables.md"}  # no weights
 
-    missing = run("benchmarks", *options, "--device", "gpu")
-    assert missing.returncode == 1
-    assert "JAX sees no GPU" in missing.stderr
-    assert "Failed, as said above: vae_decode." in missing.stderr
+    assert benchmarks.__main__.main([*options, "--device", "gpu"]) == 1
+    said = capfd.readouterr().err
+    assert "JAX sees no GPU" in said
+    assert "Failed, as said above: vae_decode." in said
 
 
 def test_a_row_that_fails_is_named_and_what_was_measured_stays(tmp_path, capsys):

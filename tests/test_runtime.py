@@ -244,7 +244,7 @@ def test_compiled_the_unet_is_one_program_for_all_steps(theirs, two, noise):
     try:
         for step_range, made in (((0, None), 1), ((0, None), 0), ((2, 4), 1)):
             before = programs["unique_graphs"]
-            options = {"latents": nchw(noise), "steps": 6, "output": "latent", "step_range": step_range}
+            options = {"latents": nchw(noise), "steps": 4, "output": "latent", "step_range": step_range}
             theirs.sample(PROMPTS, two, **options)
             assert programs["unique_graphs"] - before == made, step_range
     finally:
