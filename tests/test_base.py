@@ -134,7 +134,7 @@ def test_vae_encodes_as_diffusers(vaes):
     posterior = jitted(ours, "encode")(image)
     # Measured: mean 1.5e-6, std 0.4e-6.
     assert error(posterior.mean, nhwc(expected.mean)) <= 2e-5
-    assert error(posterior.std, nhwc(expected.std)) <= 2e-5
+    assert error(posterior.std, nhwc(expected.std)) <= 8e-6
 
 
 def test_vae_decodes_as_diffusers(vaes):

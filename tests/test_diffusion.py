@@ -194,7 +194,7 @@ def test_sdxl_ddim_ends_at_the_first_trained_noise_level():
     found = omniscient_sample("ddim", table, x_0, "epsilon")
     eps = (NOISE - table.steps.alpha[0] * x_0) / table.steps.sigma[0]
     expected = math.sqrt(alpha_bar[0]) * x_0 + math.sqrt(1 - alpha_bar[0]) * eps
-    np.testing.assert_allclose(found, expected, atol=1e-5)  # measured 2.4e-7
+    np.testing.assert_allclose(found, expected, atol=4e-6)  # measured 2.4e-7
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("dpm++", 2)])
@@ -279,7 +279,7 @@ def test_guidance():
     np.testing.assert_array_equal(guidance.rescale(guided, cond, 0.0), guided)
     for factor in (0.7, 1.0):
         expected = rescale_noise_cfg(torch.tensor(np.array(guided)), torch.tensor(np.array(cond)), factor)
-        np.testing.assert_allclose(guidance.rescale(guided, cond, factor), expected, rtol=1e-5)  # measured 1.2e-7
+        np.testing.assert_allclose(guidance.rescale(guided, cond, factor), expected, rtol=2e-6)  # measured 1.2e-7
     one = guidance.rescale(guided[:1], cond[:1], 0.7)
     np.testing.assert_allclose(one, guidance.rescale(guided, cond, 0.7)[:1], rtol=1e-6)  # rows do not mix
     constant = jnp.ones_like(guided)

@@ -218,7 +218,7 @@ def test_unmodified_diffusers_samples_as_we_do_where_the_structure_allows(
     out = pipe(PROMPTS, person, latents=noise, steps=10, streams="one", output="latent").latents
     error = float(np.abs(out - expected.permute(0, 2, 3, 1).numpy()).max() / expected.abs().max())
     record_property("diffusers", error)
-    assert error <= 1e-3  # measured: 1.5e-6 at most (Full)
+    assert error <= 2e-5  # measured: 1.5e-6 at most (Full)
 
 
 def test_comfyui_takes_a_face_alone_as_portrait(unet, tmp_path):

@@ -183,13 +183,13 @@ def test_samples_equal_those_of_jax_through_both_doors(found, pipe, people, nois
     for name, options in CASES.items():
         out = pipe(PROMPTS, people, latents=noise, output="numpy" if name == "paper" else "latent", **options)
         # Measured: 8.7e-7 to 2.1e-6; the text stream at most 1.7e-6.
-        assert error(nhwc(found[f"custom_pipeline {name} identity"]), out.latents) <= 1e-4, name
+        assert error(nhwc(found[f"custom_pipeline {name} identity"]), out.latents) <= 4e-5, name
         text = found.get(f"custom_pipeline {name} text")
         assert (text is None) == (out.text_stream_latents is None), name
         if text is not None:
-            assert error(nhwc(text), out.text_stream_latents) <= 1e-4, name
+            assert error(nhwc(text), out.text_stream_latents) <= 3e-5, name
         if name == "paper":  # Measured: 2.8e-6.
-            assert np.abs(found["custom_pipeline paper images"] - out.images).max() <= 1e-4
+            assert np.abs(found["custom_pipeline paper images"] - out.images).max() <= 5e-5
     np.testing.assert_array_equal(found["import one identity"], found["custom_pipeline one identity"])
 
 
@@ -303,7 +303,7 @@ def test_mixtures_equal_those_of_jax(pipe, theirs, people, two):
     for weights in (None, [0.3, 0.7]):
         ours, mixed = pipe.mix_identities(people, weights), theirs.mix_identities(two, weights)
         for part in ("tokens", "unconditional"):  # Measured: 3.2e-7.
-            assert error(getattr(mixed, part), getattr(ours, part)) <= 1e-5
+            assert error(getattr(mixed, part), getattr(ours, part)) <= 6e-6
     crowd = [theirs.mix_identities(two), two[0]]  # of unequal length
     out = theirs.sample("a dog", crowd, height=64, width=64, steps=1, output="latent")
     alone = theirs.sample("a dog", two[0], height=64, width=64, steps=1, output="latent")
@@ -316,7 +316,7 @@ def test_a_head_is_seen_as_in_jax(pipe, theirs, runtime):
     found_face = Face((0.0, 0.0, 96.0, 96.0), 1.0, np.zeros((5, 2), np.float32))
     ours = pipe.encode_identity(ExtractedFace(found_face, 1, crop, crop, crop, face))
     found = theirs.encode_identity(Image.fromarray(crop), face_embedding=face)
-    assert error(found.tokens, ours.tokens) <= 1e-4  # Measured: 1.7e-6.
+    assert error(found.tokens, ours.tokens) <= 3e-5  # Measured: 1.7e-6.
 
 
 # Published adapters, and other shapes of ours
@@ -349,11 +349,11 @@ def test_published_adapters_sample_as_in_diffusers(runtime, theirs, tiny, noise,
     inputs = {"ip_adapter": (pooled,), "faceid": (face,)}.get(family, (face, hidden) if "face" in family else (hidden,))
 
     tokens = diffusers.tokens(*inputs)
-    assert error(person.unconditional, tokens[0]) <= 1e-5  # Measured: at most 4.2e-7.
-    assert error(person.tokens, tokens[1]) <= 1e-5
+    assert error(person.unconditional, tokens[0]) <= 8e-6  # Measured: at most 4.2e-7.
+    assert error(person.tokens, tokens[1]) <= 8e-6
     theirs_latents = diffusers.sample(PROMPTS, nchw(noise), *inputs, num_inference_steps=10, guidance_scale=5.0)
     ours = made.sample(PROMPTS, person, latents=nchw(noise), streams="one", steps=10, output="latent")
-    assert error(ours.latents, theirs_latents) <= 1e-4  # Measured: at most 1.5e-6.
+    assert error(ours.latents, theirs_latents) <= 3e-5  # Measured: at most 1.5e-6.
 
 
 @pytest.mark.parametrize("family", ["faceid", "faceid_plusv2"])

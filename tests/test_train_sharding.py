@@ -16,7 +16,7 @@ from infinite_id_jax.sharding import batch_sharding, make_mesh, rows_of_process,
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
-TOLERANCE = 1e-5  # of losses about 1; measured over all layouts and both processes: 2.4e-7
+TOLERANCE = 4e-6  # of losses about 1; measured over all layouts and both processes: 2.4e-7
 LAYOUTS = {
     "data": ["--set=run.mesh=data=8"],
     "fsdp": ["--set=run.mesh=fsdp=8", "--set=model.sharded=True"],

@@ -266,7 +266,7 @@ def test_crops_encoded_on_the_device_are_the_cached_features(crops, clip_layer):
         drawn = draw(objective, KEY, cached)
         loss = jax.jit(partial(row_losses, objective), compiler_options=FAST_COMPILE)
         ours, expected = (loss(first_arrays(), frozen, batch, drawn).error for batch in (on_device, cached))
-        np.testing.assert_allclose(ours, expected, rtol=1e-5)  # measured: 3e-7
+        np.testing.assert_allclose(ours, expected, rtol=6e-6)  # measured: 3e-7
 
 
 def test_crops_without_an_image_encoder(crops):

@@ -239,7 +239,7 @@ def test_steps_match_pytorch(tiny, method, prediction_type):
     theirs = reference_steps(tiny, batch, draws, method, prediction_type)
     before = {k: x.numpy() for k, x in load_file(tiny.adapter / "adapter.safetensors").items()}
     assert ours.gradient.keys() == ours.adapter.keys() == theirs.gradient.keys()
-    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-5)  # measured: 3e-7
+    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=6e-6)  # measured: 3e-7
     for key, expected in theirs.gradient.items():
         # Of the largest element of each array. Measured: 4.7e-6 and 1.4e-5.
         np.testing.assert_allclose(ours.gradient[key], expected, rtol=0, atol=1e-4 * np.abs(expected).max())

@@ -14,7 +14,7 @@ from tests import reference_torch as reference
 
 # Of the output's scale. The reference itself moves by 2e-5 between fp32 and fp64 where AdaIN divides by the deviation
 # of few tokens.
-TOLERANCE = 1e-4
+TOLERANCE = 3e-5
 
 PROMPTS = ["a photo of a man in the snow", "a drawing of a dog"]
 
@@ -173,7 +173,7 @@ def test_images_match_diffusers(pipe, tiny, noise):
     theirs = diffusers(PROMPTS, latents=nchw(noise), output_type="np", **common).images
     ours = pipe(PROMPTS, latents=noise, output="numpy").images
     # Measured: 3.8e-6.
-    assert np.abs(ours - theirs).max() <= 1e-4
+    assert np.abs(ours - theirs).max() <= 7e-5
 
 
 def test_keys_of_text_and_identities_are_made_once_for_all_steps(pipe, people, noise):
