@@ -3,14 +3,14 @@
     python -m benchmarks --output-dir FOLDER [--device cpu|gpu] [--size tiny|small|full] [NAME ...]
 
 Each runs in a process of its own, whose memory goes back when it ends. FOLDER/DEVICE-SIZE then holds NAME.json of each
-and tables.md with all of them.
+and tables.md with all of them; weights, until all are measured.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
     failed = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".weights_", dir=folder) as weights:
-            for name in given.names or NAMES:
-                if is_whole(folder / f"{name}.json"):
-                    continue
+        for name in given.names or NAMES:
+            if not (read(folder / f"{name}.json") or {}).get("complete"):
                 print(f"== {name}", file=sys.stderr)
                 options = ("--device", given.device, "--size", given.size, "--repeats", str(given.repeats))
-                files = ("--json", str(folder / f"{name}.json"), "--keep-weights", weights)
+                files = ("--json", str(folder / f"{name}.json"), "--keep-weights", str(folder / "weights"))
                 command = [sys.executable, "-m", f"benchmarks.{name}", *options, *files]
                 if subprocess.run(command, check=False).returncode:
                     failed.append(name)
-        reports = {name: folder / f"{name}.json" for name in NAMES if (folder / f"{name}.json").exists()}
-        text = "\n".join(markdown(name, json.loads(path.read_text())) for name, path in reports.items())
-        with replacing(folder / "tables.md") as beside:
-            beside.write_text(text, encoding="utf-8")
+            reports = {name: report for name in NAMES if (report := read(folder / f"{name}.json"))}
+            with replacing(folder / "tables.md") as beside:
+                beside.write_text("\n".join(markdown(*each) for each in reports.items()), encoding="utf-8")
+        if not failed:
+            shutil.rmtree(folder / "weights", ignore_errors=True)
     except KeyboardInterrupt:
         print("Interrupted: the same command goes on from here.", file=sys.stderr)
         return 130
@@ -59,15 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{folder / 'tables.md'} has {', '.join(reports) or 'nothing'}.")
+    print(f"The tables are in {folder / 'tables.md'}.")
     if failed:
         print(f"Failed, as said above: {', '.join(failed)}.", file=sys.stderr)
     return 1 if failed else 0
 
 
-def is_whole(file: Path) -> bool:
-    """Whether all rows of a benchmark are there."""
-    return file.exists() and json.loads(file.read_text())["complete"]
+def read(file: Path) -> dict[str, Any] | None:
+    """A benchmark's report, None where there is none that can be read."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def markdown(name: str, report: dict[str, Any]) -> str:

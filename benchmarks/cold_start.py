@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import models
-from benchmarks.compare import Case, Run, main, take_device
+from benchmarks.compare import Case, Run, main, take_jax
 from benchmarks.meter import in_fresh_process
 
 OPTIONS = {"guidance_scale": 5.0}
@@ -34,7 +34,7 @@ def first_image(run: Run, kept: Path | None) -> np.ndarray:
     """[1, H, W, 3] in [0, 1]; compiled programs are kept in `kept`, where there is one."""
     import jax
 
-    take_device(run.device)
+    take_jax(run.device)
     if kept is None:
         jax.config.update("jax_enable_compilation_cache", False)
     else:
@@ -47,7 +47,6 @@ def first_image(run: Run, kept: Path | None) -> np.ndarray:
 
 def first_image_of_peer(run: Run) -> np.ndarray:
     """The same by diffusers."""
-    take_device(run.device)
     size = models.SIZES[run.size]
     with models.inference():
         out = models.peer(run)(

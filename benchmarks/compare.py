@@ -1,7 +1,8 @@
 """The frame of the benchmarks that have a peer: both sides in one process, turn by turn, on the same weights.
 
 Each prints a table and writes JSON after every row: {"name", "ours_s", "peer_s", "ratio", "tflops", "peak_bytes", ...}
-with ratio = ours / peer, medians over repeats that take turns. A row that fails says so, and the others go on.
+with ratio = ours / peer, medians over repeats that take turns. A row that fails says so, and the next is measured; one
+that cannot even be made is the last.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from infinite_id_jax.files import save_json
 # jax and torch are imported where they are used: --device decides first what JAX may see.
 
 SIZES = ("tiny", "small", "full")
-_LEAST = 0.02  # seconds for which a side is timed: shorter calls are repeated, or launching them would be what is timed
+_LEAST = {"cpu": 0.02, "gpu": 0.4}  # seconds for which a side is timed: shorter calls are repeated
+_PAUSE = 0.02  # seconds between two sides: PyTorch's threads wait for work in a loop, and would take a core of the next
 
 
 class Run(NamedTuple):
@@ -118,6 +120,10 @@ def measure(
     surroundings = {"load_average": os.getloadavg()[0]}  # before ours
     take_device(run.device)
     keep_compiled(run.folder / "compiled")
+    if run.device == "gpu":
+        import torch
+
+        torch.backends.cudnn.benchmark = True  # XLA tries several forms of a convolution too
     ceiling = matmul_ceiling(run)
     rows: list[dict[str, Any]] = []
     report = {
@@ -126,7 +132,7 @@ def measure(
         "dtype": run.dtype,
         "peer_compiled": run.peer_mode if run.compile_peer else None,
         "ceiling_tflops": ceiling / 1e12,
-        "machine": surroundings | machine(),
+        "machine": surroundings | machine() | accelerators(),
         "complete": False,
         "rows": rows,
     }
@@ -146,37 +152,40 @@ def _next_row(
     run: Run, found: Iterator[Case], repeats: int, ceiling: float, trace: Path | None
 ) -> dict[str, Any] | None:
     """None where there is no other; nothing of a case is held behind it."""
-    forget(run)
     case = None
     try:
+        forget(run)
         case = next(found, None)
         if case is None:
             return None
-        row = measure_case(case, repeats, ceiling, queued=run.device == "gpu")
-        if trace:
-            import jax
-
-            with jax.profiler.trace(str(trace / case.name.replace(" ", "_"))):
-                wait(case.ours())
-        return row
+        row = measure_case(case, repeats, ceiling, run.device)
     except InputError:
         raise
     except Exception as error:
         traceback.print_exc()
         return {"name": case.name if case else "the next", "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    if trace:
+        import jax
+
+        with jax.profiler.trace(str(trace / case.name.replace(" ", "_"))):
+            wait(case.ours())
+    return row
 
 
-def measure_case(case: Case, repeats: int, ceiling: float, *, queued: bool = False) -> dict[str, Any]:
+def measure_case(case: Case, repeats: int, ceiling: float, device: str = "cpu") -> dict[str, Any]:
     """Both warmed up and compared, then timed in turns, each until its device is done.
 
-    queued: short calls wait in the device's queue, so that it is the device that is timed.
+    On a GPU short calls wait in its queue, so that it is the device that is timed, and the first calls, in which
+    torch.compile records its graphs, are not.
     """
-    sides = (case.ours, case.peer)
+    sides, queued = (case.ours, case.peer), device == "gpu"
     results = [on_host(side()) for side in sides]
     error = relative_error(*results) if case.comparable else None
     first = [_timed(side, 1, queued) for side in sides]
-    calls = math.ceil(_LEAST / min(first))
-    seconds = tuple([taken] if calls == 1 else [] for taken in first)
+    if queued:
+        first = [_timed(side, 1, queued) for side in sides]
+    calls = math.ceil(_LEAST[device] / min(first))
+    seconds = tuple([taken] if calls == 1 and not queued else [] for taken in first)
     while len(seconds[0]) < repeats:
         for side, taken in zip(sides, seconds, strict=True):
             taken.append(_timed(side, calls, queued))
@@ -198,7 +207,7 @@ def measure_case(case: Case, repeats: int, ceiling: float, *, queued: bool = Fal
 
 def _timed(side: Callable[[], Any], calls: int, queued: bool) -> float:
     """Seconds of one call."""
-    time.sleep(_LEAST)  # PyTorch's threads wait for more work in a loop, and would take a core from who comes next
+    time.sleep(_PAUSE)
     start, result = time.perf_counter(), None
     for _ in range(calls):
         result = side()
@@ -232,13 +241,13 @@ def forget(run: Run) -> None:
     """What the last case left. A second shape would get a program of torch.compile for all shapes, which is slower."""
     import torch
 
-    gc.collect()
-    if run.device == "gpu":
-        torch.cuda.empty_cache()
     if run.compile_peer:
         import torch._dynamo
 
         torch._dynamo.reset()
+    gc.collect()
+    if run.device == "gpu":
+        torch.cuda.empty_cache()
 
 
 def relative_error(ours: np.ndarray, peer: np.ndarray) -> float:
@@ -246,21 +255,28 @@ def relative_error(ours: np.ndarray, peer: np.ndarray) -> float:
     return float(np.abs(ours - peer).max() / np.abs(peer).max())
 
 
+def take_jax(device: str) -> None:
+    """Settle what JAX runs on."""
+    import jax
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or PyTorch has no memory left
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+
+
 def take_device(device: str) -> None:
     """Settle what JAX and PyTorch run on. Raises InputError where there is no GPU, or no peer."""
     import jax
 
+    take_jax(device)
     try:
         import diffusers  # noqa: F401
         import torch
     except ImportError:
         raise MissingExtraError("The peer, PyTorch diffusers,", "test") from None
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or PyTorch has no memory left
     if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
         return
-    torch.backends.cudnn.benchmark = True  # XLA tries several forms of a convolution too
     for name, seen, extra in (
         ("JAX", jax.default_backend() == "gpu", "install the extra cuda"),
         ("PyTorch", torch.cuda.is_available(), "install its CUDA build"),
@@ -303,18 +319,19 @@ def describe_device(device: str) -> str:
 
 
 def machine() -> dict[str, Any]:
+    """The command, and versions; no device is touched."""
+    packages = ("jax", "jaxlib", "flax", "torch", "diffusers")
+    versions = {name: metadata.version(name) for name in packages}
+    return {"command": sys.argv, "python": platform.python_version(), **versions}
+
+
+def accelerators() -> dict[str, Any]:
+    """What both sides' programs are made with, by the device that they run on."""
     import jax
     import torch
 
-    packages = ("jax", "jaxlib", "flax", "torch", "diffusers")
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "xla": jax.devices()[0].client.platform_version,
-        "torch_cuda": torch.version.cuda,
-        "torch_cudnn": torch.backends.cudnn.version(),
-    }
+    xla, cudnn = jax.devices()[0].client.platform_version, torch.backends.cudnn.version()
+    return {"xla": xla, "torch_cuda": torch.version.cuda, "torch_cudnn": cudnn}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--device cpu|gpu] [--size tiny|small|full] [--json FILE]
 
-On a GPU it is what each side's allocator had handed out at most; on a CPU what the process had in memory at most, with
-the code of its libraries, and with JAX on both sides (the peer's weights are made with it). Rows are {"name",
+On a GPU it is what each side's allocator had handed out at most, while loading and compiling too; on a CPU what the
+process had in memory at most, with the code of both sides' libraries. The peer is not compiled. Rows are {"name",
 "ours_bytes", "peer_bytes", "ratio"}.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import models, sampling, training_step
-from benchmarks.compare import SIZES, Run, describe_device, machine, take_device, wait
+from benchmarks.compare import SIZES, Run, accelerators, describe_device, machine, take_device, wait
 from benchmarks.meter import PROCESS_STATUS, in_fresh_process
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import save_json
@@ -59,8 +59,8 @@ def _peak_of_process() -> int:
 
 def measure(run: Run, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All rows; `save` gets what there is after each."""
-    in_fresh_process(models.write, run)
     device, surroundings = in_fresh_process(_surroundings, run)
+    in_fresh_process(models.write, run)
     report = {"device": device, "size": run.size, "dtype": run.dtype, "machine": surroundings, "rows": []}
     steps = models.SIZES[run.size].steps
     for name in (f"text-to-image, {steps} steps", *map(sampling.two_streams, sampling.PEOPLE), TRAINING):
@@ -73,7 +73,7 @@ def measure(run: Run, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
 
 def _surroundings(run: Run) -> tuple[str, dict[str, Any]]:
     take_device(run.device)
-    return describe_device(run.device), machine()
+    return describe_device(run.device), machine() | accelerators()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -149,8 +149,7 @@ def peer(run: Run, *, training: bool = False) -> Any:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     if run.compile_peer and training:
-        # A CUDA graph would hold the activations of a forward that is computed again.
-        pipe.unet.compile(mode="max-autotune-no-cudagraphs" if run.peer_mode == "max-autotune" else run.peer_mode)
+        pipe.unet.compile(mode=run.peer_mode)
     elif run.compile_peer:
         pipe.unet.compile(mode=run.peer_mode, fullgraph=True)
         pipe.vae.decoder.compile(mode=run.peer_mode, fullgraph=True)

@@ -209,7 +209,7 @@ def _compiled(
     from infinite_id_jax.stable_diffusion.kernels import compiling_for
     from infinite_id_jax.training.flops import count_flops
 
-    total, convolved = count_flops(function, *arguments), count_flops(function, *arguments, products=False)
+    total, convolved = count_flops(function, *arguments), count_flops(function, *arguments, convolutions_only=True)
     flops = (total + (mesh.shape["tensor"] - 1) * convolved) / mesh.size
     options = _OPTIONS[platform] | (compiler_options(mesh) or {})
     start = time.perf_counter()

@@ -53,6 +53,7 @@ class Target(NamedTuple):
     memory_gb: float  # GiB of a chip
     peak_tflops: float  # bfloat16, dense
     link_gb_s: float  # that a chip sends to others, by the links that rings through all chips can take
+    pair_gb_s: float  # that it sends to its neighbour
 
     @property
     def memory_bytes(self) -> float:
@@ -62,14 +63,14 @@ class Target(NamedTuple):
 TARGETS = {
     # cloud.google.com/tpu/docs: system architecture of each generation; a chip sends at half of its bidirectional rate.
     # 4 x 4 chips are no torus: those in the corners have two of four links.
-    "v5e-16": Target("tpu", "v5e:4x4", 16, 16, 197, 200 / 2),
-    "v5e-256": Target("tpu", "v5e:16x16", 256, 16, 197, 200),
-    "v5p-64": Target("tpu", "v5p:4x4x4", 64, 95, 459, 600),
-    "v6e-16": Target("tpu", "v6e:4x4", 16, 32, 918, 400 / 2),
+    "v5e-16": Target("tpu", "v5e:4x4", 16, 16, 197, 200 / 2, 200 / 4),
+    "v5e-256": Target("tpu", "v5e:16x16", 256, 16, 197, 200, 200 / 4),
+    "v5p-64": Target("tpu", "v5p:4x4x4", 64, 95, 459, 600, 600 / 6),
+    "v6e-16": Target("tpu", "v6e:4x4", 16, 32, 918, 400 / 2, 400 / 4),
     # NVIDIA's data sheets of H100 SXM (NVLink) and of DGX H100: a ConnectX-7 of 400 Gb/s a GPU between machines, and
     # through each a ring of its own may leave.
-    "h100-8": Target("cuda", "1x1x8", 8, 79.1, 989, 450),
-    "h100-64": Target("cuda", "1x8x8", 64, 79.1, 989, 8 * 50),
+    "h100-8": Target("cuda", "1x1x8", 8, 79.1, 989, 450, 450),
+    "h100-64": Target("cuda", "1x8x8", 64, 79.1, 989, 8 * 50, 450),
 }
 
 
@@ -77,6 +78,7 @@ class Traffic(NamedTuple):
     """Of one step."""
 
     bytes_sent: float  # by one chip
+    between_pairs: float  # of these, in groups of two
     counts: dict[str, int]  # of each kind of collective
 
 
@@ -86,7 +88,7 @@ def traffic(text: str, chips: int) -> Traffic:
     All-gather and reduce-scatter send (n - 1) / n of the whole array, all-reduce twice that; n is the group's size.
     libtpu's all-reduce-scatter is a reduce-scatter, though its text is that of an all-reduce and a slice.
     """
-    counts, total, within = Counter[str](), 0.0, ""
+    counts, total, pairs, within = Counter[str](), 0.0, 0.0, ""
     for line in text.splitlines():
         if header := _COMPUTATION.search(line):
             within = header["name"]
@@ -97,14 +99,15 @@ def traffic(text: str, chips: int) -> Traffic:
                 kind, size = "reduce-scatter", size / n
             counts[kind] += 1
             ring = (n - 1) / n
-            total += {
+            sent = {
                 "all-gather": ring * size,
                 "reduce-scatter": ring * size * n,
                 "all-reduce": 2 * ring * size,
                 "all-to-all": ring * size,
                 "collective-permute": size,
             }[kind]
-    return Traffic(total, dict(counts))
+            total, pairs = total + sent, pairs + (sent if n == 2 else 0)
+    return Traffic(total, pairs, dict(counts))
 
 
 def _share_of_results(kind: str, n: int) -> float:
@@ -159,7 +162,8 @@ def measure(
     held += sizes.generated_code_size_in_bytes
     used = held + sizes.temp_size_in_bytes
     computing = compiled.flops / (1e12 * target.peak_tflops * EFFICIENCY)
-    moving = sent.bytes_sent / (1e9 * target.link_gb_s)
+    moving = (sent.bytes_sent - sent.between_pairs) / (1e9 * target.link_gb_s)
+    moving += sent.between_pairs / (1e9 * target.pair_gb_s)
     overlapped, in_turn = max(computing, moving), computing + moving
     return asked | {
         "steps": 1 if kind == "train" else SAMPLING_STEPS,

@@ -158,4 +158,7 @@ def peer_step(run: Run, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("benchmarks.training_step", __doc__, cases, None))
+    # CUDA graphs would hold the activations of a forward that is computed again.
+    sys.exit(
+        main("benchmarks.training_step", __doc__, cases, ["--peer-mode", "max-autotune-no-cudagraphs", *sys.argv[1:]])
+    )

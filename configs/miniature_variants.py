@@ -42,7 +42,10 @@ _SETTINGS = {
     "identity_0.7": ("with the identity weighted by 0.7", {"id_scale": 0.7}),
     "guidance_3": ("with a guidance of 3", {"guidance_scale": 3.0}),
     "shared_3": ("with both streams on the same latents and a guidance of 3", _SHARED_3),
-    "shared_3_0.8": ("with these two and the identity weighted by 0.8", {**_SHARED_3, "id_scale": 0.8}),
+    "shared_3_0.8": (
+        "with the same latents, a guidance of 3 and the identity weighted by 0.8",
+        {**_SHARED_3, "id_scale": 0.8},
+    ),
 }
 _SHORTCUTS = {  # which are to lose little
     "guidance_first": ("with guidance in the first half of the steps alone", {"guidance_range": (0, 6)}),
@@ -51,6 +54,10 @@ _SHORTCUTS = {  # which are to lose little
 }
 _ABLATIONS = {"no_mixed": {"attention": "off"}, "mutual": {"attention": "mutual"}, "no_merge": {"cross_merge": False}}
 _UNDER = {"full": {}, **{name: _SETTINGS[name][1] for name in ("pooled_zeros", "shared")}}  # what they are tried under
+
+
+def _capital(title: str) -> str:
+    return title[0].upper() + title[1:]
 
 
 def _method(name: str, title: str, changes: dict[str, Any]) -> Method:
@@ -96,13 +103,13 @@ study = dataclasses.replace(
     ),
     claims=(
         *(
-            Claim(f"{method.title[0].upper()}{method.title[1:]}, {called} is higher", metric, method.name, "full")
+            Claim(f"{_capital(method.title)}, {called} is higher", metric, method.name, "full")
             for method in _CHANGED
             for metric, (called, _) in _METRICS.items()
         ),
         *(
             Claim(
-                f"{method.title}: prompted attributes lose at most 5 points",
+                f"{_capital(method.title)}: prompted attributes lose at most 5 points",
                 "prompted",
                 method.name,
                 "text_only",
@@ -113,7 +120,7 @@ study = dataclasses.replace(
         *(claim for _, claims in _ablations() for claim in claims),
         *(
             Claim(
-                f"{method.title[0].upper()}{method.title[1:]}, {called} falls little",
+                f"{_capital(method.title)}, {called} falls little",
                 metric,
                 method.name,
                 "full",

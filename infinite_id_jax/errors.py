@@ -34,7 +34,11 @@ class MissingExtraError(InputError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, what: str, extra: str):
-        super().__init__(f"{what} needs the extra `{extra}`: `pip install -e '.[{extra}]'` in a clone.")
+        super().__init__(what, extra)  # both, as above
+
+    def __str__(self) -> str:
+        what, extra = self.args
+        return f"{what} needs the extra `{extra}`: `pip install -e '.[{extra}]'` in a clone."
 
 
 class DivergedError(InputError):

@@ -111,8 +111,9 @@ def _attend_by_rows(q: Array, k: Array, v: Array) -> Array:
     """Keys stand transposed in memory, so that every product reads rows; weights are computed again in the gradient."""
     keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, N, D, K], [B, N, K, D]
     queries = (q * q.shape[-1] ** -0.5).transpose(0, 2, 1, 3)  # [B, N, L, D]
-    length, most = queries.shape[2], _ROWS if platform() == "cpu" else max(_ROWS, _WEIGHTS // k.shape[1])
-    if length <= 2 * most:
+    length, on_cpu = queries.shape[2], platform() == "cpu"
+    most = _ROWS if on_cpu else max(_ROWS, _WEIGHTS // k.shape[1])
+    if length <= (2 * most if on_cpu else most):
         return _weigh(queries, keys, values).transpose(0, 2, 1, 3)
     parts = -(-length // most)
     rows = -(-length // parts)

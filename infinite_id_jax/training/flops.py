@@ -57,28 +57,25 @@ def unet_flops(graph: Any, state: Any, rows: int, height: int, width: int) -> fl
     return count_flops(forward, state)
 
 
-def count_flops(function: Callable[..., Any], *arguments: Any, products: bool = True) -> float:
-    """Operations of `function` of arrays or shapes, loops counted as often as they run; of two branches the larger.
-
-    products=False: those of convolutions alone.
-    """
+def count_flops(function: Callable[..., Any], *arguments: Any, convolutions_only: bool = False) -> float:
+    """Operations of `function` of arrays or shapes, loops counted as often as they run; of two branches the larger."""
     with compiling_for(PLAIN):
-        return float(_count(jax.make_jaxpr(function)(*arguments).jaxpr, products))
+        return float(_count(jax.make_jaxpr(function)(*arguments).jaxpr, convolutions_only))
 
 
-def _count(jaxpr: Any, products: bool) -> int:
+def _count(jaxpr: Any, convolutions_only: bool) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
-            total += _dot(equation) if products else 0
+            total += 0 if convolutions_only else _dot(equation)
         elif name == "conv_general_dilated":
             total += _convolution(equation)
         elif name == "cond":
-            total += max(_count(branch.jaxpr, products) for branch in params["branches"])
+            total += max(_count(branch.jaxpr, convolutions_only) for branch in params["branches"])
         else:
             times = params["length"] if name == "scan" else 1
-            total += times * sum(_count(inner, products) for inner in _inner(params))
+            total += times * sum(_count(inner, convolutions_only) for inner in _inner(params))
     return total
 
 
