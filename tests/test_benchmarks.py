@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -30,6 +29,7 @@ from benchmarks import (
 )
 from benchmarks.full_size_unet import main, parameter_shapes, relative_error
 from benchmarks.meter import Meter, Phase, in_fresh_process
+from infinite_id_jax.stable_diffusion import quantized
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 2**20
@@ -76,14 +76,23 @@ def test_unet_report_has_every_phase_of_both_sides(report: dict):
 
 
 def test_meter_sees_a_copy_that_is_gone_at_the_end():
-    meter = Meter()
-    with meter.phase("copy"):
-        copy = np.ones(64 * MEGABYTE, np.uint8)
-        time.sleep(0.5)  # of a process of many gigabytes a reading takes tens of milliseconds
-        del copy
-    phase = meter.phases["copy"]
-    assert phase.anonymous - phase.anonymous_before > 60 * MEGABYTE
-    assert len(phase.seconds) == 1
+    """In a process of its own: in this one others may give memory back meanwhile."""
+    program = """
+import time
+import numpy as np
+from benchmarks.meter import Meter
+meter = Meter()
+with meter.phase("copy"):
+    copy = np.ones(64 * 2**20, np.uint8)
+    time.sleep(0.5)
+    del copy
+phase = meter.phases["copy"]
+print(phase.anonymous - phase.anonymous_before, len(phase.seconds))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    grown, runs = map(int, done.stdout.split())
+    assert grown > 60 * MEGABYTE
+    assert runs == 1
 
 
 def test_meter_does_not_take_a_mapped_file_for_a_copy(tmp_path: Path):
@@ -166,7 +175,7 @@ def test_all_go_on_where_they_were_and_end_in_tables(tmp_path, monkeypatch, capf
 
 
 def test_on_a_gpu_calls_are_queued_and_none_of_the_first_counts(monkeypatch):
-    """A clock that moves by a tenth of a second with each call, and by nothing for waiting."""
+    """A clock that moves by an eighth of a second with each call, and by nothing for waiting."""
     called, waited = [0, 0], []
 
     def call(side):
@@ -174,11 +183,11 @@ def test_on_a_gpu_calls_are_queued_and_none_of_the_first_counts(monkeypatch):
         return np.ones(1)
 
     monkeypatch.setattr(compare, "wait", waited.append)
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: sum(called) / 10)
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: sum(called) / 8)
     row = compare.measure_case(compare.Case("queued", lambda: call(0), lambda: call(1)), 3, 1.0, "gpu")
-    assert called == [3 + 3 * 4] * 2  # compared, warmed up twice, and four calls of a tenth in 0.4 s three times
+    assert called == [3 + 3 * 4] * 2  # compared, warmed up twice, and three times as many calls as 0.4 s take
     assert len(waited) == 2 * (3 + 3)
-    assert row["ours_runs_s"] == pytest.approx([0.1] * 3)
+    assert row["ours_runs_s"] == [0.125] * 3
 
 
 def test_a_row_that_fails_is_named_and_what_was_measured_stays(tmp_path, capsys):
@@ -214,11 +223,12 @@ def test_memory_of_both_sides_is_read(weights, tmp_path, monkeypatch, capsys):
     assert all(row["name"] in printed for row in rows)
 
 
-def test_every_shortcut_changes_the_picture(weights, tmp_path):
+def test_every_shortcut_changes_the_picture(weights, tmp_path, monkeypatch):
+    monkeypatch.delitem(quantized.KINDS, "float8")  # as tests/test_quantized.py has it
     options = ["--size", "tiny", "--repeats", "1", "--keep-weights", str(weights), "--json", str(tmp_path / "out.json")]
     assert compare.main("benchmarks.shortcuts", "", shortcuts.cases, options) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert len(rows) == 5
+    assert len(rows) == 4
     assert len({row["error"] for row in rows[:2]}) == 2  # of two steps, every second is every third
     assert all(row["error"] > 1e-3 for row in rows)
 

@@ -484,6 +484,46 @@ def test_an_image_alone_is_the_image_of_a_larger_run(command, place, finished, t
     assert np.abs(alone - pixels(tmp_path / "mix" / "prompt000-seed4-id0.png")).max() <= 1
 
 
+METHOD = (
+    *("--style-merge", "adain_mean", "--text-stream", "shared", "--pooled-text", "zeros", "--text-scale", "0.7"),
+    *("--id-scale", "0.8", "--negative-prompt", "a dog", "--guidance-scale", "3", "--guidance-rescale", "0.5"),
+    *("--guidance-range", "1:", "--scheduler", "euler", "--step-range", "0:2", "--layer-range", "1:6"),
+    *("--cache-interval", "2", "--steps", "3", "--width", "128"),
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        (
+            METHOD,
+            {
+                **{"style_merge": "adain_mean", "text_stream": "shared", "pooled_text": "zeros", "text_scale": 0.7},
+                **{"id_scale": 0.8, "negative_prompt": "a dog", "guidance_scale": 3.0, "guidance_rescale": 0.5},
+                **{"guidance_range": (1, None), "scheduler": "euler", "step_range": (0, 2), "layer_range": (1, 6)},
+                **{"cache_interval": 2, "steps": 3, "width": 128},
+            },
+        ),
+        (("--attention", "mutual", "--no-cross-merge"), {"attention": "mutual", "cross_merge": False}),
+    ],
+    ids=["many", "without the merge"],
+)
+def test_every_option_of_the_method_reaches_the_pipeline(place, tmp_path, given, asked):
+    """Three seeds in batches of two, the last of which is filled up."""
+    argv = arguments(place, tmp_path / "out", *given, "--num-images", "3", "--batch-size", "2", "--seed", "5")
+    assert sample.main(argv) == 0
+    args = sample.parser().parse_args(argv)
+    pipe = sample.load_pipeline(args, place / "model")
+    person = pipe.encode_identity(sample.find_faces(args)[0])
+    options = {"steps": 2, "height": 64, "width": 64, "progress": lambda step: None} | asked
+    for seeds, names in (([5, 6], (5, 6)), ([7, 7], (7,))):
+        images = pipe([PROMPTS[0]] * 2, person, seed=seeds, **options).images
+        for seed, image in zip(names, images, strict=False):
+            drawn = pixels(tmp_path / "out" / f"prompt000-seed{seed}-id0.png")
+            assert drawn.shape == (options["height"], options["width"], 3)
+            np.testing.assert_array_equal(drawn, np.asarray(image))
+
+
 # Processes
 
 

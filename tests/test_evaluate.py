@@ -437,6 +437,8 @@ def test_groups_share_noise_and_settings_follow_the_prompt(finished):
     # Three groups, four methods that draw photographs; then interpolations of two pairs, each with its own noise.
     assert [settings["seed"] for _, _, settings in first] == [0, 1, 2] * 4 + [0, 1]
     assert first[2][1][0] is first[2][1][1]
+    for mixed, person in zip(first[-2][1], first[0][1], strict=True):  # weights 0 and 1: from the first to the second
+        np.testing.assert_allclose(mixed.tokens, person.tokens, rtol=1e-6)
     assert {settings.get("style_merge") for prompt, _, settings in full if "drawn" in prompt} == {"adain_mean", None}
     assert not [settings for prompt, _, settings in full if "photo" in prompt and "style_merge" in settings]
     texts = [(prompt, settings) for prompt, people, settings in drawn if people is None]

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
+import export
 import train
 from benchmarks import kill
+from configs import debug
 from configs.base import load_config
 from data_pipeline.records import PhotoDataset
 from infinite_id_jax import FaceFeatures, InfiniteIDPipeline
@@ -89,6 +92,16 @@ def test_metrics_say_what_was_asked(whole):
 def test_the_adapter_names_the_recogniser_of_its_records(whole, inputs):
     said = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert said["recogniser"] == PhotoDataset(Path(inputs[1].partition("path=")[2]), "train").spec.face_backend != ""
+
+
+def test_the_adapter_at_the_end_is_what_its_checkpoint_is_exported_as(whole, tmp_path):
+    """The average, where one is kept (tests/test_export.py)."""
+    assert debug.config.optimizer.ema_decay is not None
+    assert export.main(["--checkpoint", str(whole / "checkpoints" / "4"), "--output", str(tmp_path / "out")]) == 0
+    files = [load_file(folder / "adapter.safetensors") for folder in (whole / "adapter", tmp_path / "out")]
+    assert files[0].keys() == files[1].keys()
+    for key, value in files[0].items():
+        np.testing.assert_array_equal(value, files[1][key])
 
 
 def test_the_adapter_goes_into_sampling(whole, inputs):
