@@ -406,7 +406,9 @@ def test_the_version_of_face_id_plus_is_told_by_the_name(name, version, torch_sd
 def test_the_order_of_files_is_that_of_the_releases():
     """down_blocks.1 = 1-7, down_blocks.2 = 9-47, up_blocks.0 = 49-107, up_blocks.1 = 109-119, mid = 121-139."""
     numbers: dict[str, list[int]] = {}
-    for i, name in enumerate(block_names(sdxl())):
+    names = block_names(sdxl())
+    assert len(names) == 70
+    for i, name in enumerate(names):
         numbers.setdefault(name.split(".attentions")[0], []).append(2 * i + 1)
     ends = {name: (found[0], found[-1]) for name, found in numbers.items()}
     assert ends == {

@@ -249,7 +249,8 @@ def test_a_finished_dataset_is_left_as_it_is_and_a_lost_shard_is_made_again(fini
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_files(finished, album, tiny, tmp_path):
     """At a moment after a random line of progress, so that it comes early and late on any machine."""
-    output, rng = tmp_path / "D", random.Random(int.from_bytes(os.urandom(4), "big"))
+    output, seed = tmp_path / "D", int.from_bytes(os.urandom(4), "big")
+    rng = random.Random(seed)
     for lines in (rng.randint(2, 5), rng.randint(2, 5)):
         process = subprocess.Popen(command(album, output, tiny.model), cwd=ROOT, stderr=subprocess.PIPE)
         assert process.stderr is not None
@@ -259,9 +260,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(finished, album, tiny
         process.kill()
         process.stderr.close()
         assert process.wait() == -signal.SIGKILL
-        assert not (output / "dataset.json").exists()
+        assert not (output / "dataset.json").exists(), seed
     assert offline.main(arguments(album, output, tiny.model)) == 0
-    assert contents(output) == contents(finished)
+    assert contents(output) == contents(finished), seed
 
 
 def test_two_processes_make_the_same_files_as_one(finished, album, tiny, tmp_path):
