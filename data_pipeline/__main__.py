@@ -187,7 +187,11 @@ def _explained(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, InputError):
         return re.sub(r" \[while running '.*", "", str(error), flags=re.DOTALL), error.exit_code
     found = re.findall(r"\.(?:Input|Photo|MissingExtra)Error: (.+?)(?: \[while running|$)", str(error), re.MULTILINE)
-    return (found[-1], InputError.exit_code) if found else None
+    if found:
+        return found[-1], InputError.exit_code
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "The memory is full: take a smaller --batch-size, or --dtype bfloat16.", InputError.exit_code
+    return None
 
 
 def _configure_logging(*, debug: bool) -> None:

@@ -34,11 +34,11 @@ class MissingExtraError(InputError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, what: str, extra: str):
-        super().__init__(what, extra)  # both, as above
+        super().__init__(f"{what} needs the extra `{extra}`: `pip install -e '.[{extra}]'` in a clone.")
+        self._given = what, extra
 
-    def __str__(self) -> str:
-        what, extra = self.args
-        return f"{what} needs the extra `{extra}`: `pip install -e '.[{extra}]'` in a clone."
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given  # it survives a pickle too
 
 
 class DivergedError(InputError):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -30,6 +31,7 @@ from data_pipeline.provenance import Row
 from data_pipeline.records import PhotoDataset
 from data_pipeline.sources import Source, list_sources
 from data_pipeline.targets import cut_target
+from infinite_id_jax.errors import MissingExtraError
 from infinite_id_jax.faces.backends import get_backend
 from infinite_id_jax.faces.extract import extract_face
 from infinite_id_jax.faces.photo import open_photo
@@ -263,6 +265,21 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(finished, album, tiny
         assert not (output / "dataset.json").exists(), seed
     assert offline.main(arguments(album, output, tiny.model)) == 0
     assert contents(output) == contents(finished), seed
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: memory [while running 'x']")])
+def test_a_full_memory_is_no_defect(album, tiny, tmp_path, monkeypatch, capsys, error):
+    def full(args):
+        raise error
+
+    monkeypatch.setattr(offline, "run", full)
+    assert offline.main(arguments(album, tmp_path / "D", tiny.model)) == 2
+    assert capsys.readouterr().err == "error: The memory is full: take a smaller --batch-size, or --dtype bfloat16.\n"
+
+
+def test_a_missing_extra_is_named_by_other_processes_too():
+    error = pickle.loads(pickle.dumps(MissingExtraError("Photos in Parquet", "data")))
+    assert str(error).startswith("Photos in Parquet needs the extra `data`")
 
 
 def test_two_processes_make_the_same_files_as_one(finished, album, tiny, tmp_path):
