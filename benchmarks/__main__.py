@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import SIZES
+from benchmarks.compare import SIZES, number
 from infinite_id_jax.errors import InputError
 from infinite_id_jax.files import replacing
 
@@ -74,10 +74,6 @@ def read(file: Path) -> dict[str, Any] | None:
 
 def markdown(name: str, report: dict[str, Any]) -> str:
     """The table of one benchmark's report."""
-
-    def number(value: float | None, form: str, unit: float = 1.0) -> str:
-        return "-" if value is None else f"{value / unit:{form}}"
-
     versions = ", ".join(f"{package} {report['machine'][package]}" for package in ("jax", "torch", "diffusers"))
     lines = [
         f"`python -m benchmarks.{name} --size {report['size']}`: {report['device']}, {report['dtype']}, {versions}, a "

@@ -179,7 +179,7 @@ def test_two_stream_trajectories_match_the_reference(case, noise, record_propert
     assert text is not None
     found = error(out.latents, identity.permute(0, 2, 3, 1))
     record_property("two streams", found)
-    assert found <= 5e-5  # measured: 2.5e-6 at most (FaceID-Plus V2)
+    assert found <= 5e-5  # measured: 3.2e-6 at most (FaceID-Plus V2)
     assert error(out.text_stream_latents, text.permute(0, 2, 3, 1)) <= 5e-5
 
 

@@ -43,7 +43,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo.utils
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 torch.set_num_threads(1)

@@ -420,8 +420,9 @@ class InfiniteIDPipeline(StableDiffusionXLPipeline):
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; {list(shape)} is needed.")
         copies = 0 if s.streams == "one" else len(people) if s.text_stream == "shared" else 1
-        mixing, halves = range(10**6)[slice(*s.step_range)], 2 if guidance_scale > 1 else 1  # steps; rows of guidance
-        rows, ended = Rows(halves, len(prompts), len(people), len(prompts) * copies, 0 in mixing), []
+        mixing = range(10**6)[slice(*s.step_range)]  # the steps in which `attention` applies
+        halves, ended = 2 if guidance_scale > 1 else 1, []
+        rows = Rows(halves, len(prompts), len(people), len(prompts) * copies, 0 in mixing)
 
         def after_step(_: Any, step: int, t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
             rows.mixed, x = step + 1 in mixing, values["latents"]
